@@ -1,0 +1,139 @@
+"""Paths -> what is done: the client listener's table.
+
+Paths are compared as they came: nothing is decoded or normalised, so `%2F`, `..` and `//` never
+name something else. No upstream path is ever built from them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
+
+import msgspec
+
+from aiproxy import errors
+from aiproxy.dialects.chat import Chat, Embeddings
+from aiproxy.dialects.messages import Messages
+from aiproxy.dialects.responses import Responses
+from aiproxy.listener import check_head
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aiohttp.web_request import BaseRequest
+
+    from aiproxy.call import Call
+    from aiproxy.dialects import Dialect
+    from aiproxy.errors import Outcome, Shape
+    from aiproxy.exchange import Endpoint
+    from aiproxy.listener import Reply
+    from aiproxy.proxy import Proxy
+
+    Act = Callable[[Call], Awaitable[Outcome]]
+
+_DIALECTS: dict[str, Dialect] = {
+    "/v1/responses": Responses(),
+    "/v1/chat/completions": Chat(),
+    "/v1/embeddings": Embeddings(),
+    "/v1/messages": Messages(),
+}
+_ENDPOINTS: dict[str, Endpoint] = {
+    "/v1/responses": "responses",
+    "/v1/chat/completions": "chat",
+    "/v1/embeddings": "embeddings",
+    "/v1/messages": "messages",
+}
+
+
+class App:
+    """Answers the requests of the client listener."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self._proxy = proxy
+
+    async def __call__(self, request: BaseRequest) -> Reply:
+        """Answer one request."""
+        try:
+            path = check_head(request)
+        except errors.ProxyError as error:
+            return self._proxy.refuse(request, error)
+        shape: Shape = "anthropic" if _within(path, "/v1/messages") else "openai"
+        endpoint, act = self._find(request, path)
+        return await self._proxy.serve(request, endpoint, shape, act)
+
+    def _find(self, request: BaseRequest, path: str) -> tuple[Endpoint, Act]:
+        """What a method and a path mean: an endpoint, and what it does."""
+        method = request.method
+        if (dialect := _DIALECTS.get(path)) is not None:
+            if path == "/v1/responses" and "Upgrade" in request.headers and method == "GET":
+                return "responses", _raise(errors.upgrade_not_supported())
+            if method != "POST":
+                return _ENDPOINTS[path], _raise(errors.method_not_allowed(method, "POST"))
+            return _ENDPOINTS[path], lambda call: self._proxy.relay(call, dialect)
+        if path == "/":
+            return self._reading(method, "none", _greet)
+        if path == "/v1/models":
+            return self._reading(method, "models", self._models)
+        if path.startswith("/v1/models/"):
+            name = unquote(path.removeprefix("/v1/models/"))
+            return self._reading(method, "models", lambda call: self._model(call, name))
+        if path.startswith("/v1/responses/"):
+            return self._response(method, path)
+        return "none", _raise(errors.unknown_url(method, path))
+
+    @staticmethod
+    def _reading(method: str, endpoint: Endpoint, act: Act) -> tuple[Endpoint, Act]:
+        if method in ("GET", "HEAD"):
+            return endpoint, act
+        return endpoint, _raise(errors.method_not_allowed(method, "GET, HEAD"))
+
+    def _response(self, method: str, path: str) -> tuple[Endpoint, Act]:
+        """`/v1/responses/{id}` and below it. Nothing is stored yet, so nothing is found."""
+        response_id, _, verb = path.removeprefix("/v1/responses/").partition("/")
+        allowed = {"": "GET, HEAD, DELETE", "input_items": "GET, HEAD", "cancel": "POST"}.get(verb)
+        if allowed is None or not response_id or response_id in ("compact", "input_tokens"):
+            return "none", _raise(errors.unknown_url(method, path))
+        if method not in allowed.split(", "):
+            return "response", _raise(errors.method_not_allowed(method, allowed))
+
+        async def not_found(call: Call) -> Outcome:
+            self._proxy.authenticate(call)
+            raise errors.response_not_found(response_id)
+
+        return "response", not_found
+
+    async def _models(self, call: Call) -> Outcome:
+        key = self._proxy.authenticate(call)
+        names = call.snapshot.router.listed(key)
+        listed = {"object": "list", "data": [_model_object(name) for name in names]}
+        call.send_json(200, msgspec.json.encode(listed))
+        return "completed"
+
+    async def _model(self, call: Call, name: str) -> Outcome:
+        key = self._proxy.authenticate(call)
+        if name not in call.snapshot.router.listed(key):
+            raise errors.model_not_found(name)
+        call.send_json(200, msgspec.json.encode(_model_object(name)))
+        return "completed"
+
+
+def _within(path: str, prefix: str) -> bool:
+    return path == prefix or path.startswith(f"{prefix}/")
+
+
+def _model_object(name: str) -> dict[str, object]:
+    """A model as the API lists it (API reference, "The model object")."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "aiproxy"}
+
+
+async def _greet(call: Call) -> Outcome:
+    """Clients that probe the root without a key find it alive."""
+    call.send_json(200, b'{"status":"ok"}')
+    return "completed"
+
+
+def _raise(error: errors.ProxyError) -> Act:
+    async def act(_call: Call) -> Outcome:
+        raise error
+
+    return act

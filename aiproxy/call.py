@@ -1,0 +1,232 @@
+"""One request on its way: its record, its answer, its deadlines; and its one end.
+
+Whatever happens to a request, it leaves through `Call.finish`: the tokens, the bytes held, the
+record. An answer or an in-band terminal frame that is still owed is given by `fail` or `interrupt`
+just before. There is no second place that does any of these.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from typing import TYPE_CHECKING
+
+from aiproxy import errors, headers, sse
+from aiproxy.body import Hold
+from aiproxy.exchange import Exchange
+from aiproxy.listener import Reply
+from aiproxy.usage import charge, estimate_output
+from aiproxy.watch import Interrupted, Watch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from aiohttp.web_request import BaseRequest
+
+    from aiproxy.body import Buffered
+    from aiproxy.dialects import Answer, Asked, Stream
+    from aiproxy.errors import Outcome, ProxyError, Shape
+    from aiproxy.exchange import Endpoint, Recorder
+    from aiproxy.snapshot import Snapshot
+    from aiproxy.usage import Pace, Reason, Usage
+
+CLIENT_LEFT = 499  # what the log says of a client that left first, as nginx does
+
+_IDS_AT_ONCE = 64
+_id_block: list[str] = []
+
+
+def new_request_id() -> str:
+    """A fresh id. Randomness is drawn in blocks: a system call for each is felt."""
+    if not _id_block:
+        block = secrets.token_hex(16 * _IDS_AT_ONCE)
+        _id_block.extend(block[i : i + 32] for i in range(0, len(block), 32))
+    return f"req_{_id_block.pop()}"
+
+
+class Call:
+    """One request.
+
+    Attributes:
+        exchange: its record.
+        reply: its answer.
+        watch: its deadlines; to be entered around the work.
+        snapshot: the configuration it began with.
+        asked, stream, answer: of a relayed request, as far as it came.
+        holding_event: whether the client has got a part of an event that is not complete.
+    """
+
+    def __init__(
+        self,
+        request: BaseRequest,
+        endpoint: Endpoint,
+        shape: Shape,
+        *,
+        snapshot: Snapshot,
+        recorder: Recorder,
+        buffered: Buffered,
+        pace: Pace,
+    ) -> None:
+        given = headers.request_id(request.headers.get(headers.REQUEST_ID))
+        self.request = request
+        self.shape = shape
+        self.snapshot = snapshot
+        self.reply = Reply(request)
+        self.exchange = Exchange(
+            request_id=given or new_request_id(),
+            endpoint=endpoint,
+            recorder=recorder,
+            clock=time.monotonic,
+            started=time.monotonic(),
+            client=snapshot.client_of(request),
+        )
+        self.watch = Watch(
+            asyncio.get_running_loop(),
+            total=snapshot.config.timeouts.total,
+            unsent=self.reply.unsent,
+        )
+        self.hold = Hold(buffered)
+        self.pace = pace
+        self.asked: Asked | None = None
+        self.stream: Stream | None = None
+        self.answer: Answer | None = None
+        self.max_output: int | None = None
+        self.size = 0  # bytes that went to the model
+        self.holding_event = False
+
+    # -- answering
+
+    def own_headers(self) -> list[tuple[str, str]]:
+        """What aiproxy sets on every answer."""
+        own = [(headers.REQUEST_ID, self.exchange.request_id)]
+        if self.exchange.upstream:
+            own.append(("x-aiproxy-upstream", self.exchange.upstream))
+        return own
+
+    def send_json(self, status: int, body: bytes, extra: Iterable[tuple[str, str]] = ()) -> None:
+        """A whole JSON answer. `extra` may set its own content type."""
+        sent = [*self.own_headers(), *extra]
+        if not any(name.lower() == "content-type" for name, _ in sent):
+            sent.append(("Content-Type", "application/json"))
+        self.exchange.status = status
+        self.reply.send(status, sent, body)
+
+    def start_stream(self, received: Iterable[tuple[str, str]] = ()) -> None:
+        """The head of a stream; at a heartbeat there are no upstream's headers yet."""
+        passed = list(received) or [("Content-Type", "text/event-stream; charset=utf-8")]
+        self.exchange.status = 200
+        self.exchange.streaming = True
+        self.reply.start(
+            200,
+            [
+                *self.own_headers(),
+                *passed,
+                ("Cache-Control", "no-cache"),
+                ("X-Accel-Buffering", "no"),
+            ],
+        )
+
+    def beat(self) -> None:
+        """A comment, after silence; never within an event, nor to a client that is behind."""
+        if self.reply.gone or self.reply.ended or self.reply.blocked or self.holding_event:
+            return
+        if not self.reply.started:
+            self.start_stream()
+        self.reply.write(sse.COMMENT)
+
+    def _refuse(self, error: ProxyError) -> None:
+        """Tell the client: by a status if none was sent, else by a terminal frame."""
+        self.exchange.error_code = error.code or error.kind
+        if self.reply.ended or self.reply.gone:
+            return
+        if not self.reply.started:
+            self.reply.keep_alive = self.reply.keep_alive and not error.close
+            self.send_json(error.status, error.render(self.shape), error.headers)
+        elif self.stream is not None and not self.holding_event and not self.stream.over:
+            self.reply.write(self.stream.fail(error, int(time.time())))
+            self.reply.end()
+            self.reply.keep_alive = False
+        else:
+            self.reply.abandon()
+
+    # -- ending
+
+    def interruption(self, interrupted: Interrupted) -> ProxyError:
+        """What a deadline or the drain means to the client."""
+        timeouts = self.snapshot.config.timeouts
+        match interrupted.reason:
+            case "client_body":
+                return errors.request_timeout(timeouts.client_body)
+            case "connect":
+                return errors.upstream_error("The upstream could not be connected to in time.")
+            case "first_byte" | "idle" | "tail" | "total":
+                return errors.upstream_timeout(interrupted.reason)
+            case "client_write":
+                return errors.invalid_http("The client does not read its answer.")
+            case "shutting_down" | "ended_at_once":
+                return errors.shutting_down()
+
+    def fail(self, error: ProxyError) -> Outcome:
+        """End with an error of ours."""
+        try:
+            self._refuse(error)
+        except ConnectionError:
+            return "client_disconnected"
+        return error.outcome
+
+    def interrupt(self, interrupted: Interrupted) -> Outcome:
+        """End since a deadline passed, or the drain."""
+        if interrupted.reason == "client_write":
+            self.reply.abort()
+            return "client_disconnected"
+        if self.stream is not None and self.stream.whole and self.reply.started:
+            # Only the upstream's own end of a whole answer did not come.
+            self.reply.end()
+            return self.stream.outcome
+        return self.fail(self.interruption(interrupted))
+
+    def finish(self, outcome: Outcome) -> None:
+        """The end: settle the tokens, give back the memory, write the record. Awaits nothing."""
+        exchange = self.exchange
+        if exchange.outcome is not None:
+            return
+        self.hold.release()
+        if outcome == "client_disconnected":
+            exchange.status = CLIENT_LEFT
+        exchange.bytes_out = self.reply.bytes_out
+        exchange.usage, exchange.estimated = self._charge(outcome)
+        exchange.finish(outcome)
+        self._observe()
+
+    def _charge(self, outcome: Outcome) -> tuple[Usage | None, Reason | None]:
+        exchange, stream, answer = self.exchange, self.stream, self.answer
+        if not exchange.asked or self.asked is None:
+            return None, None
+        now = time.monotonic()
+        since = exchange.answered if self.asked.stream else exchange.asked
+        return charge(
+            outcome,
+            counted=answer.usage if answer else stream.usage if stream else None,
+            reason=answer.reason if answer else stream.reason if stream else None,
+            answered=bool(exchange.answered),
+            streamed=self.asked.stream,
+            size=self.size,
+            delivered=self._delivered(),
+            paced=self.pace.tokens(self._target(), now - since) if since else 0,
+            most=self.max_output if self.asked.declared is None else self.asked.declared,
+        )
+
+    def _delivered(self) -> int:
+        if self.answer is not None:
+            return estimate_output(0, len(self.answer.body))
+        return self.stream.delivered() if self.stream is not None else 0
+
+    def _target(self) -> tuple[str, str]:
+        return self.exchange.route, self.exchange.upstream
+
+    def _observe(self) -> None:
+        exchange = self.exchange
+        if exchange.usage is not None and exchange.estimated is None and exchange.answered:
+            since = exchange.answered if exchange.streaming else exchange.asked
+            self.pace.observe(self._target(), exchange.usage.total_output, exchange.ended - since)

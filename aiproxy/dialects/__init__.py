@@ -1,0 +1,170 @@
+"""What the APIs say on the wire: one module each, sans-IO.
+
+A dialect checks and adapts a request, and reads answers: the JSON of one, or the frames of a stream
+one by one. It knows what ends a stream, what carries output, where the usage stands, and how a
+failure is told in-band. It never does I/O, and time is passed in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import msgspec
+from msgspec import Raw
+
+from aiproxy import jsontext, sse
+
+if TYPE_CHECKING:
+    import re
+
+    from aiproxy.envelope import Envelope
+    from aiproxy.errors import Outcome, ProxyError, Shape
+    from aiproxy.usage import Reason, Usage
+
+
+@dataclass(slots=True)
+class Asked:
+    """What the client asked for, as far as the answer depends on it."""
+
+    model: str  # as the client wrote it
+    stream: bool
+    renamed: bool = False  # the route sends another name upstream: restore it in the answer
+    declared: int | None = None  # the largest output that the client declared, tokens
+    declared_as: str = "max_output_tokens"  # by this field
+    include_usage: bool = False  # chat: the client itself asked for the usage frame
+    choices: int = 1  # chat: `n`
+    echo: dict[str, Raw] = field(default_factory=dict)  # responses: fields of the object to echo
+
+
+class Answer(NamedTuple):
+    """A JSON answer, read."""
+
+    body: bytes
+    outcome: Outcome
+    usage: Usage | None
+    reason: Reason | None  # why there is no usage
+
+
+class Dialect(Protocol):
+    """One API. `path` is appended to an upstream's base URL; `shape` is that of its errors."""
+
+    api: str
+    path: str
+    shape: Shape
+
+    def request(self, envelope: Envelope) -> Asked:
+        """Check what is read of the body, and make explicit what must be.
+
+        Raises:
+            ProxyError: a field that is read is wrong, or asks for what cannot be done.
+        """
+
+    def answer(self, body: bytes, asked: Asked) -> Answer:
+        """Read a JSON answer, restoring the client's name of the model.
+
+        Raises:
+            ProxyError: the body is no answer of this API.
+        """
+
+    def stream(self, asked: Asked) -> Stream:
+        """A reader for one stream."""
+
+
+class Stream(Protocol):
+    """Reads one stream of frames, which it may rewrite.
+
+    Attributes:
+        over: the terminal event passed; nothing more may follow but what `feed` still lets through.
+        whole: what came so far is a complete answer, whether or not more follows.
+        outcome: how the answer counts, once `whole`.
+        output_started: an event with output (text, reasoning, arguments) passed.
+        error: set when the stream cannot go on: what to tell the client.
+    """
+
+    over: bool
+    whole: bool
+    outcome: Outcome
+    output_started: bool
+    error: ProxyError | None
+
+    @property
+    def usage(self) -> Usage | None:
+        """Of the answer, once it came."""
+
+    @property
+    def reason(self) -> Reason | None:
+        """Why there is no usage."""
+
+    def feed(self, raw: bytes) -> bytes:
+        """Read one whole frame; what goes to the client in its place (often the same bytes)."""
+
+    def delivered(self) -> int:
+        """Estimated output tokens of what passed so far."""
+
+    def cut(self) -> ProxyError | None:
+        """The upstream's own account of why it ended without a terminal event, if it gave one."""
+
+    def fail(self, error: ProxyError, now: int) -> bytes:
+        """The frames that end the stream for the client. `now`: seconds since the epoch."""
+
+
+class Tally:
+    """What a stream has delivered: text deltas and their bytes, without decoding them."""
+
+    __slots__ = ("_pattern", "deltas", "size")
+
+    def __init__(self, pattern: re.Pattern[bytes]) -> None:
+        self._pattern = pattern
+        self.deltas = 0
+        self.size = 0
+
+    def count(self, raw: bytes) -> bool:
+        """Count one frame; whether it carried output."""
+        carried = False
+        for match in self._pattern.finditer(raw):
+            size = match.end(1) - match.start(1)
+            if size:
+                carried = True
+                self.deltas += 1
+                self.size += size
+        return carried
+
+
+_members = msgspec.json.Decoder(dict[str, Raw])
+
+
+def members_of(document: bytes | Raw | None) -> dict[str, Raw] | None:
+    """The members of a JSON object, values as written; None for anything else."""
+    if document is None:
+        return None
+    try:
+        return _members.decode(document)
+    except msgspec.ValidationError:
+        return None
+    except (msgspec.DecodeError, RecursionError):
+        try:
+            return {key: Raw(value) for key, value in jsontext.split(bytes(document)).items()}
+        except (ValueError, RecursionError):
+            return None
+
+
+def value_of(raw: Raw | None) -> Any:
+    """A JSON value, decoded; None also for one that does not decode."""
+    if raw is None:
+        return None
+    try:
+        return msgspec.json.decode(raw)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def restore_model(document: bytes, path: tuple[str, ...], model: str) -> bytes:
+    """The document with the `model` of the object at `path` as the client wrote it."""
+    return jsontext.replace(document, path, {"model": msgspec.json.encode(model)})
+
+
+def restored_frame(raw: bytes, data: bytes, path: tuple[str, ...], model: str) -> bytes:
+    """A stream's frame with `restore_model` done to its data."""
+    restored = restore_model(data, path, model)
+    return raw if restored is data else sse.replace_data(raw, restored)

@@ -1,0 +1,165 @@
+"""Anthropic's Messages, native (API reference, "Messages" and "Streaming messages")."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from aiproxy import errors, sse
+from aiproxy import usage as counts
+from aiproxy.dialects import (
+    Answer,
+    Asked,
+    Tally,
+    members_of,
+    restore_model,
+    restored_frame,
+    value_of,
+)
+
+if TYPE_CHECKING:
+    from aiproxy.envelope import Envelope
+    from aiproxy.errors import Outcome, ProxyError, Shape
+
+_CANDIDATE = re.compile(
+    rb'(?:"|event: ?)(?:message_start|message_delta|message_stop|error)(?:"|\r|\n)'
+)
+_DELTA = re.compile(rb'"(?:text|partial_json|thinking)"\s*:\s*"((?:[^"\\]|\\.)*)"', re.DOTALL)
+_SPECIAL = frozenset({b"message_start", b"message_delta", b"message_stop", b"error"})
+_INCOMPLETE = frozenset({"max_tokens", "refusal", "model_context_window_exceeded"})
+
+
+class Messages:
+    """`POST /v1/messages`."""
+
+    api = "messages"
+    path = "/messages"
+    shape: Shape = "anthropic"
+
+    def request(self, envelope: Envelope) -> Asked:
+        """See `Dialect`."""
+        model = envelope.text("model") or ""
+        stream = bool(envelope.boolean("stream"))
+        envelope.require_one_of("messages", (b"[",), "an array")
+        envelope.put("stream", stream)
+        return Asked(
+            model=model,
+            stream=stream,
+            declared=envelope.integer("max_tokens"),
+            declared_as="max_tokens",
+        )
+
+    def answer(self, body: bytes, asked: Asked) -> Answer:
+        """See `Dialect`."""
+        members = members_of(body)
+        if members is None or "content" not in members:
+            raise errors.upstream_error("The upstream's answer is not a message.")
+        counted = counts.from_messages(given := value_of(members.get("usage")))
+        stop = value_of(members.get("stop_reason"))
+        if asked.renamed:
+            body = restore_model(body, (), asked.model)
+        return Answer(
+            body,
+            "incomplete" if _is_incomplete(stop) else "completed",
+            counted,
+            None if counted is not None else "missing" if given is None else "bad",
+        )
+
+    def stream(self, asked: Asked) -> MessagesStream:
+        """See `Dialect`."""
+        return MessagesStream(asked)
+
+
+def _is_incomplete(stop_reason: object) -> bool:
+    return isinstance(stop_reason, str) and stop_reason in _INCOMPLETE
+
+
+class MessagesStream:
+    """See `Stream`. Whole only with `message_stop`."""
+
+    def __init__(self, asked: Asked) -> None:
+        self.over = False
+        self.whole = False
+        self.outcome: Outcome = "completed"
+        self.output_started = False
+        self.error: ProxyError | None = None
+        self._asked = asked
+        self._counts: dict[str, Any] = {}
+        self._tally = Tally(_DELTA)
+
+    @property
+    def usage(self) -> counts.Usage | None:
+        """Of the start, overridden by what later events say (they are cumulative)."""
+        return counts.from_messages(self._counts) if self.whole else None
+
+    @property
+    def reason(self) -> counts.Reason | None:
+        """See `Stream`."""
+        if self.usage is not None:
+            return None
+        return "bad" if self._counts and self.whole else "missing"
+
+    def feed(self, raw: bytes) -> bytes:
+        """See `Stream`."""
+        if self.over:
+            return b""
+        if _CANDIDATE.search(raw) is not None:
+            return self._look(raw)
+        if self._tally.count(raw):
+            self.output_started = True
+        return raw
+
+    def _look(self, raw: bytes) -> bytes:
+        name, data = sse.parse(raw)
+        if data is None:
+            return raw
+        event = members_of(data)
+        if event is None:
+            if name in _SPECIAL:
+                self.error = errors.upstream_error(
+                    f"The upstream sent a {name.decode()} event that is not JSON."
+                )
+                return b""
+            return raw
+        kind = value_of(event.get("type")) or name.decode("ascii", "replace")
+        if kind == "message_start":
+            message = members_of(event.get("message")) or {}
+            self._count(value_of(message.get("usage")))
+            if self._asked.renamed:
+                return restored_frame(raw, data, ("message",), self._asked.model)
+        elif kind == "message_delta":
+            self._count(value_of(event.get("usage")))
+            self._stop(value_of(event.get("delta")))
+        elif kind == "message_stop":
+            self.over = self.whole = True
+        elif kind == "error":
+            self.over = True
+            self.whole = True
+            self.outcome = "failed"
+            self._counts.clear()  # of a beginning only: what was delivered is estimated
+        elif self._tally.count(raw):
+            self.output_started = True
+        return raw
+
+    def _stop(self, delta: object) -> None:
+        if isinstance(delta, dict) and _is_incomplete(delta.get("stop_reason")):
+            self.outcome = "incomplete"
+
+    def _count(self, given: object) -> None:
+        if isinstance(given, dict):
+            self._counts.update((k, v) for k, v in given.items() if v is not None)
+
+    def delivered(self) -> int:
+        """See `Stream`."""
+        return counts.estimate_output(self._tally.deltas, self._tally.size)
+
+    def cut(self) -> ProxyError | None:
+        """See `Stream`: an error event ends a messages stream."""
+        return None
+
+    def fail(self, error: ProxyError, now: int) -> bytes:  # noqa: ARG002 - the protocol's shape
+        """See `Stream`: an `error` event."""
+        self.over = True
+        return sse.event(msgspec.json.encode(error.frame("anthropic")), "error")

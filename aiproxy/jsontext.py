@@ -1,0 +1,150 @@
+"""JSON as text: what a document has at one level, and where.
+
+A proxy that decodes and encodes again loses duplicate keys, number spellings and white space. These
+functions look at a document without rebuilding it, so that one value can be read or replaced while
+every other byte stays as it came (RFC 8259).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import accumulate
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+MAX_DEPTH = 256
+
+_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s"{}\[\],:]+', re.DOTALL)
+_NOT_STRUCTURE = bytes(c for c in range(256) if c not in b'[]{}"')
+_ONE_KIND = bytes.maketrans(b"[]", b"{}")  # to count nesting, arrays and objects are alike
+_STEP = {0x7B: 1, 0x7D: -1}
+_PEEL = 32  # rounds of removing innermost pairs, each far cheaper than counting one by one
+_BLOCK = 65536  # counted at a time, so that a document that only opens is given up early
+
+
+def depth_exceeds(document: bytes, limit: int = MAX_DEPTH) -> bool:
+    """Whether arrays and objects are nested deeper than `limit`. Linear in the document's size."""
+    if document.count(b"[") + document.count(b"{") <= limit:
+        return False
+    # Without escapes every quote begins or ends a string; the even parts are outside of strings.
+    bare = document.replace(b"\\\\", b"").replace(b'\\"', b"").translate(_ONE_KIND, _NOT_STRUCTURE)
+    structure = b"".join(bare.split(b'"')[::2])
+    depth = 0
+    while structure and depth < _PEEL:
+        peeled = structure.replace(b"{}", b"")
+        if len(peeled) * 64 > len(structure) * 63:
+            break  # hardly any pairs: peeling does not pay
+        structure = peeled
+        depth += 1
+    for start in range(0, len(structure), _BLOCK):
+        block = map(_STEP.__getitem__, structure[start : start + _BLOCK])
+        depths = list(accumulate(block, initial=depth))
+        if max(depths) > limit:
+            return True
+        depth = depths[-1]
+    return depth > limit
+
+
+def members(document: bytes) -> list[tuple[bytes, int, int]]:  # noqa: C901 - one small machine
+    """The members of an object: the key as written (with its quotes), start and end of the value.
+
+    The document is known to be valid JSON; anything else than an object has no members.
+    """
+    found: list[tuple[bytes, int, int]] = []
+    depth = 0
+    key = b""
+    start = end = -1
+    wants_key = False
+    for token in _TOKEN.finditer(document):
+        first = document[token.start()]
+        if first in b"{[":
+            if depth == 0 and first in b"[":
+                return []
+            if depth == 1 and start < 0:
+                start = token.start()
+            depth += 1
+            wants_key = depth == 1
+            continue
+        if first in b"}]":
+            depth -= 1
+            if depth == 0:
+                if start >= 0:
+                    found.append((key, start, end))
+                return found
+            end = token.end()
+            continue
+        if depth != 1:
+            continue
+        if first in b",":
+            found.append((key, start, end))
+            start = -1
+            wants_key = True
+        elif first in b":":
+            wants_key = False
+        elif wants_key:
+            key = token.group()
+        else:
+            start, end = token.span()
+    return found
+
+
+def key_text(key: bytes) -> str:
+    """A key as `members` returns it, decoded."""
+    if b"\\" not in key:
+        return key[1:-1].decode("utf-8", "replace")
+    text: str = json.loads(key)
+    return text
+
+
+def replace(document: bytes, path: Sequence[str], values: Mapping[str, bytes]) -> bytes:
+    """The document with the values of some members of the object at `path` replaced.
+
+    Every member of that name is replaced, also one that is given twice; members that are not there
+    are not added. All other bytes stay.
+    """
+    spans = members(document)
+    if path:
+        head, rest = path[0], path[1:]
+        edits = [
+            (start, end, replace(document[start:end], rest, values))
+            for key, start, end in spans
+            if key_text(key) == head
+        ]
+    else:
+        edits = [
+            (start, end, values[text])
+            for key, start, end in spans
+            if (text := key_text(key)) in values
+        ]
+    if not edits:
+        return document
+    out: list[bytes] = []
+    position = 0
+    for start, end, value in edits:
+        out += (document[position:start], value)
+        position = end
+    out.append(document[position:])
+    return b"".join(out)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def split(document: bytes) -> dict[str, bytes]:
+    """Top-level members by decoded key, the last of a name winning; values as written.
+
+    The patient way, for documents that a strict decoder refuses although the grammar allows them
+    (a lone surrogate in a string, RFC 8259 section 8.2).
+
+    Raises:
+        ValueError: not one JSON object. A RecursionError cannot happen at a depth that
+            `depth_exceeds` allows.
+    """
+    value = json.loads(document, parse_constant=_refuse_constant, parse_int=len, parse_float=len)
+    if not isinstance(value, dict):
+        raise ValueError("not an object")  # noqa: TRY004 - one kind of error for the caller
+    return {key_text(key): document[start:end] for key, start, end in members(document)}

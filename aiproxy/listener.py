@@ -1,0 +1,365 @@
+"""The client's side of HTTP: connections with every bound set, and the answer that is written.
+
+aiohttp's own runner and C parser do the protocol. What they leave open is closed here: a deadline
+for a request's head, JSON for malformed HTTP, no `Server` header, and an answer whose end is ours
+to give or to withhold. For that a few inner fields of aiohttp 3.14 are used, each where it says so.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+import struct
+import termios
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, cast
+
+from aiohttp import http_parser, web
+from aiohttp.helpers import rfc822_formatted_time
+from aiohttp.http import HttpRequestParser, HttpVersion10, HttpVersion11
+from aiohttp.http_exceptions import LineTooLong
+from aiohttp.web_protocol import RequestHandler
+
+from aiproxy import errors
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Awaitable, Callable, Iterable
+
+    from aiohttp.web_request import BaseRequest
+
+    from aiproxy.errors import ProxyError
+
+MAX_LINE = 16 * 1024  # bytes of a request line
+MAX_FIELD = 32 * 1024  # bytes of a header field
+MAX_FIELDS = 128
+SEND_BUFFER = 256 * 1024  # bytes in the kernel per client, so that a slow one slows the upstream
+WRITE_HIGH = 64 * 1024  # bytes in the process per client before writing waits
+LINGER = 2.0  # seconds of reading on after an answer that came before the request's end
+
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
+
+
+def require_c_parser() -> None:
+    """Refuse to serve with the parser in Python: it is slow, and accepts other things.
+
+    Raises:
+        RuntimeError: aiohttp was built without its C extension, or was told not to use it.
+    """
+    if HttpRequestParser is http_parser.HttpRequestParserPy:
+        raise RuntimeError(
+            "aiohttp runs without its C parser; install a binary wheel, unset AIOHTTP_NO_EXTENSIONS"
+        )
+
+
+class Reply:
+    """The answer to one request, written straight to the client's transport.
+
+    It stands in for aiohttp's StreamResponse: its `prepare` and `write_eof` find all done. Nothing
+    here awaits but `drain`, so a timer can begin an answer, too.
+
+    Writing to a client that is gone raises ConnectionResetError.
+    """
+
+    __slots__ = (
+        "_chunked",
+        "_head_only",
+        "_request",
+        "bytes_out",
+        "ended",
+        "keep_alive",
+        "started",
+    )
+
+    def __init__(self, request: BaseRequest) -> None:
+        self._request = request
+        self._head_only = request.method == "HEAD"
+        self._chunked = False
+        self.keep_alive = request.keep_alive
+        self.started = False
+        self.ended = False
+        self.bytes_out = 0  # of the body
+
+    def start(self, status: int, headers: Iterable[tuple[str, str]]) -> None:
+        """Write the head of a body that ends with a last chunk, or with the connection (1.0)."""
+        self._transport().write(self._head(status, headers, None))
+
+    def send(self, status: int, headers: Iterable[tuple[str, str]], body: bytes) -> None:
+        """Write the whole answer, at once."""
+        head = self._head(status, headers, len(body))
+        self.ended = True
+        if self._head_only:
+            body = b""
+        self.bytes_out = len(body)
+        self._transport().write(head + body)
+
+    def _head(self, status: int, headers: Iterable[tuple[str, str]], length: int | None) -> bytes:
+        http11 = self._request.version >= HttpVersion11
+        lines = [
+            f"HTTP/1.{int(http11)} {status} {_PHRASES.get(status, 'Unknown')}",
+            *(f"{name}: {value}" for name, value in headers),
+            f"Date: {rfc822_formatted_time()}",
+        ]
+        if length is not None:
+            lines.append(f"Content-Length: {length}")
+        elif http11:
+            self._chunked = True
+            lines.append("Transfer-Encoding: chunked")
+        else:
+            self.keep_alive = False
+        if not self.keep_alive:
+            lines.append("Connection: close")
+            if "Expect" in self._request.headers:
+                # A client that waits for `100 Continue` sends no body to linger for.
+                self._request.protocol._lingering_time = 0.0  # noqa: SLF001
+        elif not http11:
+            lines.append("Connection: keep-alive")
+        self.started = True
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+
+    def write(self, data: bytes) -> None:
+        """Write a part of the body, at once."""
+        if not data or self._head_only:
+            return
+        self.bytes_out += len(data)
+        self._transport().write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+
+    def end(self) -> None:
+        """End the body properly."""
+        if self.ended:
+            return
+        self.ended = True
+        if self._chunked and not self._head_only:
+            self._transport().write(b"0\r\n\r\n")
+
+    def abandon(self) -> None:
+        """Leave the body without its end: the client must see that it was cut."""
+        self.ended = True
+        self.keep_alive = False
+
+    def abort(self) -> None:
+        """Drop the connection with all that waits to be sent."""
+        self.abandon()
+        if (transport := self._request.transport) is not None:
+            transport.abort()
+
+    @property
+    def gone(self) -> bool:
+        """Whether the client has left."""
+        transport = self._request.transport
+        return transport is None or transport.is_closing()
+
+    @property
+    def blocked(self) -> bool:
+        """Whether data waits for the client to read."""
+        return self._request.protocol.writing_paused
+
+    async def drain(self) -> None:
+        """Wait until the client has taken enough to be sent more."""
+        if self._request.protocol.writing_paused:
+            await self._request.protocol._drain_helper()  # noqa: SLF001 - aiohttp's own flow control
+
+    def unsent(self) -> int:
+        """Bytes that the client has not taken: in the process and in the kernel (tcp(7))."""
+        transport = self._request.transport
+        if transport is None:
+            return 0
+        waiting = transport.get_write_buffer_size()
+        sock = transport.get_extra_info("socket")
+        if sock is None:
+            return waiting
+        try:
+            queued = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0")
+        except OSError:
+            return waiting
+        return waiting + int(struct.unpack("i", queued)[0])
+
+    def _transport(self) -> asyncio.WriteTransport:
+        transport = self._request.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client has left")
+        return transport
+
+    # What aiohttp asks of a response.
+
+    async def prepare(self, request: BaseRequest) -> None:
+        """All is written already."""
+
+    async def write_eof(self) -> None:
+        """All is written already."""
+
+
+class Listener(web.Server):
+    """aiohttp's server with bounds on connections and time, and cancellation of what is left.
+
+    Args:
+        handler: answers a request.
+        refuse: answers with an error what could not be parsed as a request.
+        max_connections: connections over this are answered 503 and closed.
+        client_header: seconds from the first byte of a request (from the connection's start for
+            its first one) to the end of its head; 0 for none.
+        client_write: seconds that a closed connection may take to send what waits; 0 for ever.
+        keepalive: seconds that an idle connection is kept.
+    """
+
+    def __init__(
+        self,
+        handler: Callable[[BaseRequest], Awaitable[Reply]],
+        refuse: Callable[[BaseRequest, ProxyError], Reply],
+        *,
+        max_connections: int,
+        client_header: float,
+        client_write: float,
+        keepalive: float,
+    ) -> None:
+        super().__init__(
+            cast("Any", handler),  # a Reply does what the runner asks of a StreamResponse
+            handler_cancellation=True,
+        )
+        self.refuse = refuse
+        self.max_connections = max_connections
+        self.client_header = client_header
+        self.client_write = client_write
+        self.keepalive = keepalive
+        self.count = 0
+
+    def __call__(self) -> RequestHandler:
+        """A protocol for a new connection."""
+        return Connection(self, loop=self._loop)
+
+
+class Connection(RequestHandler):
+    """One client connection."""
+
+    __slots__ = ("_counted", "_head_deadline", "_listener")
+
+    def __init__(self, listener: Listener, *, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(
+            listener,
+            loop=loop,
+            access_log=cast("Any", None),
+            keepalive_timeout=listener.keepalive,
+            max_line_size=MAX_LINE,
+            max_field_size=MAX_FIELD,
+            max_headers=MAX_FIELDS,
+            lingering_time=LINGER,
+            auto_decompress=False,
+        )
+        self._listener = listener
+        self._counted = False
+        self._head_deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Count the connection, bound its buffers, start the clock for its first head."""
+        client = cast("asyncio.Transport", transport)
+        if self._listener.count >= self._listener.max_connections:
+            error = errors.overloaded("too many connections")
+            client.write(_plain(error))
+            self._force_close = True  # whatever it sends is not read
+            super().connection_made(transport)
+            client.close()
+            return
+        self._counted = True
+        self._listener.count += 1
+        client.set_write_buffer_limits(high=WRITE_HIGH)
+        if (sock := transport.get_extra_info("socket")) is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        super().connection_made(transport)
+        self._expect_head()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Free its place; aiohttp cancels the handler."""
+        if self._counted:
+            self._counted = False
+            self._listener.count -= 1
+        self._stop_clock()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse; a head that is begun must be complete in time."""
+        super().data_received(data)
+        idle = self._waiter is not None and not self._messages
+        if idle and self._head_deadline is None:
+            self._expect_head()
+        elif not idle:
+            self._stop_clock()
+
+    def _expect_head(self) -> None:
+        if self._listener.client_header:
+            self._head_deadline = self._loop.call_later(
+                self._listener.client_header, self._head_late
+            )
+
+    def _stop_clock(self) -> None:
+        if self._head_deadline is not None:
+            self._head_deadline.cancel()
+            self._head_deadline = None
+
+    def _head_late(self) -> None:
+        self._head_deadline = None
+        self.force_close()
+
+    def force_close(self) -> None:
+        """Close; what waits to be sent may take `client_write`, not for ever."""
+        transport = self.transport
+        super().force_close()
+        patience = self._listener.client_write
+        if transport is not None and patience and transport.get_write_buffer_size():
+            self._loop.call_later(patience, transport.abort)
+
+    def handle_error(
+        self,
+        request: BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """What the parser refused, in the error shape of the API."""
+        del message
+        if status != HTTPStatus.BAD_REQUEST:  # a handler raised: its own error path is at fault
+            self.logger.error("unhandled error of a handler", exc_info=exc)
+        return cast("web.StreamResponse", self._listener.refuse(request, _malformed(exc)))
+
+
+def _malformed(exc: BaseException | None) -> ProxyError:
+    if isinstance(exc, LineTooLong):
+        return errors.invalid_http("A header field or the request line is too long.", 431)
+    if "Too many headers" in str(exc):
+        return errors.invalid_http(f"More than {MAX_FIELDS} header fields.", 431)
+    return errors.invalid_http("The request is not well-formed HTTP/1.1.")
+
+
+def _plain(error: ProxyError) -> bytes:
+    """An answer to a connection that is not served at all."""
+    body = error.render("openai")
+    lines = [
+        f"HTTP/1.1 {error.status} {_PHRASES[error.status]}",
+        "Content-Type: application/json",
+        *(f"{name}: {value}" for name, value in error.headers),
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+    ]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + body
+
+
+def check_head(request: BaseRequest) -> str:
+    """The path of a request whose head is unambiguous, without its query.
+
+    Raises:
+        ProxyError: HTTP other than 1.0 and 1.1, another form than origin-form, a framing that two
+            parsers could read in two ways (RFC 9112 sections 2.3, 3.2, 6.1).
+    """
+    if request.version not in (HttpVersion10, HttpVersion11):
+        raise errors.invalid_http("Only HTTP/1.0 and HTTP/1.1 are supported.")
+    target = request.raw_path
+    if not target.startswith("/") or "#" in target:
+        raise errors.invalid_http("The request target must be in origin-form.")
+    headers = request.headers
+    if "Transfer-Encoding" in headers:
+        if request.version == HttpVersion10:
+            raise errors.invalid_http("Transfer-Encoding is not defined for HTTP/1.0.")
+        if "Content-Length" in headers:
+            raise errors.invalid_http("Transfer-Encoding and Content-Length exclude each other.")
+        if headers["Transfer-Encoding"].strip().lower() != "chunked":
+            raise errors.invalid_http("Only the chunked transfer coding is supported.")
+    return target.partition("?")[0]

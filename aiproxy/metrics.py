@@ -1,0 +1,187 @@
+"""Every metric. Names and labels are an interface (README, "Metrics").
+
+Labels come from the configuration only, so their number is bounded by it, whatever callers send.
+Children are kept once looked up: the look-up by label costs more than the increment.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import aiohttp
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+
+import aiproxy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from prometheus_client.metrics_core import Metric
+
+    from aiproxy.exchange import Exchange
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+disable_created_metrics()  # a second series for each, which nobody asked for
+
+_M = TypeVar("_M", Counter, Gauge, Histogram)
+
+_DURATION = tuple(0.08 * 2**n for n in range(14))
+_FIRST_TOKEN = (0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 60, 120)
+_PER_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+_OVERHEAD = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
+_LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+
+class _Children(dict[tuple[str, ...], _M], Generic[_M]):
+    """A metric's children by their label values, in the order in which it declares them."""
+
+    def __init__(self, metric: _M) -> None:
+        super().__init__()
+        self.metric: _M = metric
+
+    def __missing__(self, labels: tuple[str, ...]) -> _M:
+        child: _M = self.metric.labels(*labels)
+        self[labels] = child
+        return child
+
+
+class Metrics:
+    """The metrics of one daemon, in a registry of its own."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry(auto_describe=True)
+        self._requests = _Children(Counter(
+            "aiproxy_requests", "Requests that ended, by outcome.",
+            ("endpoint", "route", "key", "outcome"), registry=registry,
+        ))  # fmt: skip
+        self._in_flight = _Children(Gauge(
+            "aiproxy_requests_in_flight", "Requests that have not ended.",
+            ("endpoint",), registry=registry,
+        ))  # fmt: skip
+        self._duration = _Children(Histogram(
+            "aiproxy_request_duration_seconds", "From the request's head to its end.",
+            ("endpoint", "route", "upstream"), buckets=_DURATION, registry=registry,
+        ))  # fmt: skip
+        self._first_token = _Children(Histogram(
+            "aiproxy_time_to_first_token_seconds", "To the first event that carries output.",
+            ("route", "upstream"), buckets=_FIRST_TOKEN, registry=registry,
+        ))  # fmt: skip
+        self._per_token = _Children(Histogram(
+            "aiproxy_time_per_output_token_seconds", "Between output tokens, after the first.",
+            ("route", "upstream"), buckets=_PER_TOKEN, registry=registry,
+        ))  # fmt: skip
+        self._overhead = _Children(Histogram(
+            "aiproxy_overhead_seconds", "Own time before the upstream request left.",
+            ("endpoint",), buckets=_OVERHEAD, registry=registry,
+        ))  # fmt: skip
+        self._tokens = _Children(Counter(
+            "aiproxy_tokens", "Tokens, in disjoint types that add up.",
+            ("route", "key", "type"), registry=registry,
+        ))  # fmt: skip
+        self._estimated = _Children(Counter(
+            "aiproxy_usage_estimated", "Answers whose usage is an estimate.",
+            ("route", "reason"), registry=registry,
+        ))  # fmt: skip
+        self._attempts = _Children(Counter(
+            "aiproxy_upstream_attempts", "Requests to upstreams, by result.",
+            ("upstream", "result"), registry=registry,
+        ))  # fmt: skip
+        self._available = _Children(Gauge(
+            "aiproxy_upstream_available", "Whether requests are sent to the upstream.",
+            ("upstream",), registry=registry,
+        ))  # fmt: skip
+        self._disconnects = _Children(Counter(
+            "aiproxy_client_disconnects", "Clients that left before their answer's end.",
+            ("endpoint", "phase"), registry=registry,
+        ))  # fmt: skip
+        self.loop_lag = Histogram(
+            "aiproxy_event_loop_lag_seconds", "How late the event loop ran a timer.",
+            buckets=_LAG, registry=registry,
+        )  # fmt: skip
+        self._reload_ok = Gauge(
+            "aiproxy_config_last_reload_successful", "Whether the last reload was successful.",
+            registry=registry,
+        )  # fmt: skip
+        self._reload_at = Gauge(
+            "aiproxy_config_last_reload_success_timestamp_seconds",
+            "When a configuration was last put in force.", registry=registry,
+        )  # fmt: skip
+        build = Gauge(
+            "aiproxy_build_info", "Always 1.", ("version", "python", "aiohttp"), registry=registry
+        )
+        build.labels(aiproxy.__version__, platform.python_version(), aiohttp.__version__).set(1)
+        ProcessCollector(registry=registry)
+
+    def begin(self, exchange: Exchange) -> None:
+        """See `Recorder`."""
+        self._in_flight[(exchange.endpoint,)].inc()
+
+    def record(self, exchange: Exchange) -> None:
+        """See `Recorder`."""
+        endpoint, route, key = exchange.endpoint, exchange.route, exchange.key
+        upstream = exchange.upstream
+        outcome = exchange.outcome or "internal_error"
+        self._in_flight[(endpoint,)].dec()
+        self._requests[endpoint, route, key, outcome].inc()
+        self._duration[endpoint, route, upstream].observe(exchange.duration)
+        if (overhead := exchange.overhead) is not None:
+            self._overhead[(endpoint,)].observe(overhead)
+        if (first := exchange.time_to_first_token) is not None:
+            self._first_token[route, upstream].observe(first)
+        if (per_token := exchange.time_per_output_token) is not None:
+            self._per_token[route, upstream].observe(per_token)
+        for result in exchange.results:
+            self._attempts[upstream, result].inc()
+        if outcome == "client_disconnected":
+            phase = "streaming" if exchange.streaming else "waiting"
+            self._disconnects[endpoint, phase].inc()
+        if (usage := exchange.usage) is not None:
+            self._tokens[route, key, "input"].inc(usage.input)
+            self._tokens[route, key, "input_cached"].inc(usage.input_cached)
+            self._tokens[route, key, "output"].inc(usage.output)
+            self._tokens[route, key, "output_reasoning"].inc(usage.output_reasoning)
+            if exchange.estimated is not None:
+                self._estimated[route, exchange.estimated].inc()
+
+    def configured(self, upstreams: Iterable[str], now: float) -> None:
+        """A configuration was put in force, at `now` seconds since the epoch."""
+        self._reload_ok.set(1)
+        self._reload_at.set(now)
+        self._available.metric.clear()
+        self._available.clear()
+        for name in upstreams:
+            self._available[(name,)].set(1)
+
+    def watch_log(self, dropped: Callable[[], int]) -> None:
+        """Take the number of dropped log lines from the log itself, at each scrape."""
+        self.registry.register(_Dropped(dropped))
+
+    def exposition(self) -> bytes:
+        """All metrics in the text format that Prometheus scrapes. May take tens of milliseconds."""
+        return generate_latest(self.registry)
+
+
+class _Dropped(Collector):
+    """A counter that is kept elsewhere."""
+
+    def __init__(self, value: Callable[[], int]) -> None:
+        self._value = value
+
+    def collect(self) -> Iterable[Metric]:
+        yield CounterMetricFamily(
+            "aiproxy_log_dropped",
+            "Log lines dropped since standard error was blocked.",
+            value=self._value(),
+        )

@@ -1,0 +1,208 @@
+"""One request from its first byte to its last: the sentence.
+
+Authenticate by the headers alone, receive the body, choose the route, ask its target, relay,
+finish.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from aiproxy import auth, errors, routes
+from aiproxy.body import Buffered, receive
+from aiproxy.call import Call
+from aiproxy.envelope import Envelope
+from aiproxy.errors import ProxyError
+from aiproxy.relay import Relay
+from aiproxy.upstream import Ask
+from aiproxy.usage import Pace
+from aiproxy.watch import Interrupted
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aiohttp.web_request import BaseRequest
+    from structlog.typing import FilteringBoundLogger
+
+    from aiproxy.config import Key, Route, Target
+    from aiproxy.dialects import Asked, Dialect
+    from aiproxy.errors import Outcome, Shape
+    from aiproxy.exchange import Endpoint, Recorder
+    from aiproxy.listener import Reply
+    from aiproxy.snapshot import Snapshot
+
+
+class Proxy:
+    """All requests of one daemon.
+
+    Attributes:
+        snapshot: the configuration in force; a reload swaps it.
+        live: the requests in flight.
+        draining: connections are closed after their answer.
+        refusing: new requests are answered 503.
+        idle: set when the last request in flight ends while draining.
+    """
+
+    def __init__(self, snapshot: Snapshot, recorder: Recorder, log: FilteringBoundLogger) -> None:
+        self.snapshot = snapshot
+        self._recorder = recorder
+        self._log = log
+        self._buffered = Buffered(snapshot.config.max_buffered)
+        self._pace = Pace()
+        self.live: set[Call] = set()
+        self.draining = False
+        self.refusing = False
+        self.idle = asyncio.Event()
+
+    async def serve(
+        self,
+        request: BaseRequest,
+        endpoint: Endpoint,
+        shape: Shape,
+        act: Callable[[Call], Awaitable[Outcome]],
+    ) -> Reply:
+        """Do `act` for a request, and end it properly, whatever happens."""
+        call = self._begin(request, endpoint, shape)
+        outcome: Outcome = "internal_error"
+        try:
+            async with call.watch:
+                outcome = await act(call)
+        except ProxyError as error:
+            outcome = call.fail(error)
+        except Interrupted as interrupted:
+            outcome = call.interrupt(interrupted)
+        except asyncio.CancelledError:
+            outcome = "client_disconnected"
+            raise
+        except ConnectionError:
+            outcome = "client_disconnected"
+        except Exception as error:  # noqa: BLE001 - a bug of ours must end like everything else
+            self._log.error("bug", request_id=call.exchange.request_id, exc_info=error)
+            outcome = call.fail(errors.internal_error(call.exchange.request_id))
+        finally:
+            self._end(call, outcome)
+        return call.reply
+
+    def refuse(self, request: BaseRequest, error: ProxyError) -> Reply:
+        """Answer what was not even a request."""
+        call = self._begin(request, "none", "openai")
+        self._end(call, call.fail(error))
+        return call.reply
+
+    def _begin(self, request: BaseRequest, endpoint: Endpoint, shape: Shape) -> Call:
+        call = Call(
+            request,
+            endpoint,
+            shape,
+            snapshot=self.snapshot,
+            recorder=self._recorder,
+            buffered=self._buffered,
+            pace=self._pace,
+        )
+        if self.draining:
+            call.reply.keep_alive = False
+        self.live.add(call)
+        return call
+
+    def _end(self, call: Call, outcome: Outcome) -> None:
+        call.finish(outcome)
+        self.live.discard(call)
+        if self.draining and not self.live:
+            self.idle.set()
+
+    def authenticate(self, call: Call) -> Key:
+        """Who is calling, by the headers alone."""
+        if self.refusing:
+            raise errors.shutting_down()
+        received = call.request.headers
+        secret = auth.presented(
+            received.getall("Authorization", []), received.getall("x-api-key", [])
+        )
+        key = call.snapshot.keyring.authenticate(secret, datetime.now(UTC))
+        call.exchange.key = key.name
+        return key
+
+    async def relay(self, call: Call, dialect: Dialect) -> Outcome:
+        """A POST to one of the relayed APIs."""
+        key = self.authenticate(call)
+        envelope = await self._receive(call)
+        asked = call.asked = dialect.request(envelope)
+        target = self._choose(call, asked, key, dialect)
+        if target.model is not None and target.model != asked.model:
+            envelope.put("model", target.model)
+            asked.renamed = True
+        if asked.stream:
+            call.stream = dialect.stream(asked)
+            call.watch.heartbeat(call.snapshot.config.streams.keepalive, call.beat)
+        async with self._ask(call, dialect, target, envelope) as answer:
+            call.hold.release()
+            if asked.stream:
+                return await self._relay_stream(call, answer, target.upstream.timeouts.idle)
+            return await self._relay_json(call, answer, dialect, asked)
+
+    async def _receive(self, call: Call) -> Envelope:
+        config = call.snapshot.config
+        began = time.monotonic()
+        call.watch.enter("client_body", config.timeouts.client_body)
+        body = await receive(call.request, call.hold, config.max_body)
+        call.watch.enter("none", 0)
+        call.exchange.waited = time.monotonic() - began
+        call.exchange.bytes_in = len(body)
+        return Envelope.parse(body)
+
+    def _choose(self, call: Call, asked: Asked, key: Key, dialect: Dialect) -> Target:
+        if not asked.model:
+            raise errors.missing_model()
+        call.exchange.model = asked.model
+        route = call.snapshot.router.choose(asked.model, key)
+        call.exchange.route = route.model
+        _check_output(route, asked)
+        call.max_output = route.max_output_tokens
+        target = routes.targets(route, dialect.api)[0]
+        call.exchange.upstream = target.upstream.name
+        return target
+
+    def _ask(self, call: Call, dialect: Dialect, target: Target, envelope: Envelope) -> Ask:
+        client = call.snapshot.clients[target.upstream.name]
+        body = envelope.encode()
+        call.size = len(body)
+        url = client.url(dialect.path)
+        if dialect.api == "messages" and (beta := call.request.query.get("beta")) is not None:
+            url = url.update_query(beta=beta)
+        sent = client.request_headers(
+            dialect.api, call.request.headers.items(), call.exchange.request_id
+        )
+        ask = Ask(client, call.exchange, call.watch, api=dialect.api, shape=dialect.shape)
+        return ask.post(url, body, sent)
+
+    async def _relay_json(self, call: Call, answer: Ask, dialect: Dialect, asked: Asked) -> Outcome:
+        if answer.media_type not in ("application/json", ""):
+            raise answer.not_an_answer("The upstream's answer is not JSON.")
+        body = await answer.read()
+        call.answer = dialect.answer(body, asked)
+        call.send_json(200, call.answer.body, answer.passed_on())
+        if call.reply.blocked:
+            call.watch.enter("client_write", call.snapshot.config.timeouts.client_write)
+            await call.reply.drain()
+        return call.answer.outcome
+
+    async def _relay_stream(self, call: Call, answer: Ask, idle: float) -> Outcome:
+        stream = call.stream
+        if stream is None or answer.media_type != "text/event-stream":
+            raise answer.not_an_answer("The upstream's answer is not a stream of events.")
+        if not call.reply.started:
+            call.start_stream(answer.passed_on())
+        await Relay(call, stream).run(answer, idle)
+        call.reply.end()
+        return stream.outcome
+
+
+def _check_output(route: Route, asked: Asked) -> None:
+    most = route.max_output_tokens
+    if most is not None and asked.declared is not None and asked.declared > most:
+        raise errors.invalid_value(
+            asked.declared_as, f"The largest output of this model here is {most} tokens."
+        )

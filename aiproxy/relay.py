@@ -1,0 +1,91 @@
+"""Upstream bytes -> client, as they arrive, and no faster than the client reads.
+
+Each chunk is cut into frames, each frame is shown to the dialect's reader, and what comes out is
+written at once, in one write per chunk. While the client is behind nothing is read, so the upstream
+is slowed down and memory stays bounded.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from aiproxy import errors
+from aiproxy.errors import ProxyError
+from aiproxy.sse import Splitter
+
+if TYPE_CHECKING:
+    from aiproxy.call import Call
+    from aiproxy.dialects import Stream
+    from aiproxy.upstream import Ask
+
+TAIL = 1.0  # seconds for an upstream to end the body after its terminal event
+
+
+class Relay:
+    """One stream on its way to its client."""
+
+    def __init__(self, call: Call, stream: Stream) -> None:
+        self._call = call
+        self._stream = stream
+        self._splitter = Splitter()
+
+    async def run(self, answer: Ask, idle: float) -> None:
+        """Relay to the end of the upstream's body; the client's body is left open.
+
+        Raises:
+            ProxyError: the stream broke off before it was whole.
+            ConnectionError: the client has left.
+        """
+        call, stream = self._call, self._stream
+        watch = call.watch
+        tail = False
+        while True:
+            try:
+                chunk = await answer.chunk()
+            except ProxyError as error:
+                await self._pass(answer.rest())
+                self._broke_off(error)
+                return
+            if not chunk:
+                self._broke_off(errors.upstream_error("The upstream ended without an end event."))
+                return
+            watch.touch()
+            if await self._pass(chunk):
+                watch.enter("tail" if tail else "idle", TAIL if tail else idle)
+            if stream.error is not None:
+                raise stream.error
+            if stream.over and not tail:
+                tail = True
+                watch.enter("tail", TAIL)
+
+    async def _pass(self, chunk: bytes) -> bool:
+        """Relay a chunk; whether the client had to be waited for."""
+        call, stream = self._call, self._stream
+        out: list[bytes] = []
+        for frame in self._splitter.feed(chunk):
+            if not frame.whole:
+                if not stream.over:
+                    out.append(frame.raw)
+                continue
+            out.append(stream.feed(frame.raw))
+            if stream.error is not None:
+                break
+        data = out[0] if len(out) == 1 else b"".join(out)
+        call.holding_event = not self._splitter.at_boundary
+        if not data:
+            return False
+        call.reply.write(data)
+        call.watch.sent()
+        if stream.output_started and not call.exchange.first_token:
+            call.exchange.first_token = time.monotonic()
+        if not call.reply.blocked:
+            return False
+        call.watch.enter("client_write", call.snapshot.config.timeouts.client_write)
+        await call.reply.drain()
+        return True
+
+    def _broke_off(self, error: ProxyError) -> None:
+        """The upstream's body ended: an error unless what came is whole."""
+        if not self._stream.whole:
+            raise self._stream.cut() or error

@@ -1,0 +1,105 @@
+"""Model name -> route -> targets in order of trying.
+
+The first route that matches wins, in the order of the file. A glob knows `*` and `?`, over the
+whole name, case-sensitive.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from aiproxy import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from aiproxy.config import Key, Route, Target
+
+
+def glob(pattern: str) -> re.Pattern[str]:
+    """A glob as a pattern for `fullmatch`."""
+    return re.compile(
+        "".join(".*" if c == "*" else "." if c == "?" else re.escape(c) for c in pattern),
+        re.DOTALL,
+    )
+
+
+def is_glob(pattern: str) -> bool:
+    """Whether a model name is a glob."""
+    return "*" in pattern or "?" in pattern
+
+
+class _Names:
+    """Names and globs that a model is looked up in."""
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        patterns = tuple(patterns)
+        self._exact = frozenset(p for p in patterns if not is_glob(p))
+        self._globs = tuple(glob(p) for p in patterns if is_glob(p))
+
+    def match(self, name: str) -> bool:
+        return name in self._exact or any(g.fullmatch(name) for g in self._globs)
+
+
+class Router:
+    """All routes of one configuration."""
+
+    def __init__(self, routes: Sequence[Route], keys: Iterable[Key]) -> None:
+        self._exact: dict[str, tuple[int, Route]] = {}
+        globs: list[tuple[int, re.Pattern[str], Route]] = []
+        self._listed: list[tuple[str, Route]] = []
+        for position, route in enumerate(routes):
+            if is_glob(route.model):
+                globs.append((position, glob(route.model), route))
+                self._listed.extend((name, route) for name in route.listed)
+            else:
+                self._exact.setdefault(route.model, (position, route))
+                self._listed.append((route.model, route))
+        self._globs = tuple(globs)
+        self._allowed = {key.name: _Names(key.models) for key in keys if key.models is not None}
+
+    def choose(self, model: str, key: Key) -> Route:
+        """The route of a model name as the client wrote it.
+
+        Raises:
+            ProxyError: no route, or none that this key may use.
+        """
+        allowed = self._allowed.get(key.name)
+        route = self._find(model)
+        if route is None or (allowed is not None and not allowed.match(model)):
+            raise errors.model_not_found(model)
+        return route
+
+    def _find(self, model: str) -> Route | None:
+        exact = self._exact.get(model)
+        for position, pattern, route in self._globs:
+            if exact is not None and exact[0] < position:
+                break
+            if pattern.fullmatch(model):
+                return route
+        return None if exact is None else exact[1]
+
+    def listed(self, key: Key) -> list[str]:
+        """The names to show to this key: exact routes, and what globs list; each once."""
+        allowed = self._allowed.get(key.name)
+        names = dict.fromkeys(
+            name
+            for name, route in self._listed
+            if (allowed is None or allowed.match(name)) and self._find(name) is route
+        )
+        return list(names)
+
+
+def targets(route: Route, api: str) -> Sequence[Target]:
+    """The targets of a route in the order in which they are tried.
+
+    Raises:
+        ProxyError: none of them speaks `api`.
+    """
+    first = route.targets[0]
+    if api not in first.upstream.apis:
+        raise errors.unsupported_parameter(
+            "model", f"The model `{errors.shown(route.model)}` is not served on this endpoint."
+        )
+    return (first,)

@@ -1,0 +1,175 @@
+"""Tokens counted in an answer, and estimates where the upstream counted none.
+
+The four kinds are disjoint and add up: input (cache writes included), input_cached (read from a
+cache), output, output_reasoning. A count that is not an integer from 0 to MAX_TOKENS is bad: then
+nothing of that usage is believed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from aiproxy.errors import Outcome
+
+MAX_TOKENS = 100_000_000
+BYTES_PER_TOKEN = 4  # of English text in the common tokenizers; an estimate says that it is one
+
+# Why a usage is an estimate. A label of a metric, hence a closed list.
+Reason = Literal["missing", "bad", "cut", "disconnected"]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one answer; disjoint kinds."""
+
+    input: int = 0
+    input_cached: int = 0
+    output: int = 0
+    output_reasoning: int = 0
+
+    @property
+    def total_output(self) -> int:
+        """Output tokens, reasoning included."""
+        return self.output + self.output_reasoning
+
+
+def _count(value: object) -> int | None:
+    if type(value) is int and 0 <= value <= MAX_TOKENS:
+        return value
+    return None
+
+
+def _details(usage: dict[str, Any], group: str, name: str) -> int:
+    details = usage.get(group)
+    count = _count(details.get(name)) if isinstance(details, dict) else None
+    return count or 0
+
+
+def _build(prompt: object, cached: int, generated: object, reasoning: int) -> Usage | None:
+    given, made = _count(prompt), _count(generated)
+    if given is None or made is None:
+        return None
+    cached, reasoning = min(cached, given), min(reasoning, made)
+    return Usage(given - cached, cached, made - reasoning, reasoning)
+
+
+def from_responses(usage: object) -> Usage | None:
+    """`usage` of a Responses object (API reference, "The response object"); None when bad."""
+    if not isinstance(usage, dict):
+        return None
+    return _build(
+        usage.get("input_tokens"),
+        _details(usage, "input_tokens_details", "cached_tokens"),
+        usage.get("output_tokens"),
+        _details(usage, "output_tokens_details", "reasoning_tokens"),
+    )
+
+
+def from_chat(usage: object) -> Usage | None:
+    """`usage` of a chat completion or of embeddings, which have no completion tokens."""
+    if not isinstance(usage, dict):
+        return None
+    return _build(
+        usage.get("prompt_tokens"),
+        _details(usage, "prompt_tokens_details", "cached_tokens"),
+        usage.get("completion_tokens", 0),
+        _details(usage, "completion_tokens_details", "reasoning_tokens"),
+    )
+
+
+def from_messages(usage: object) -> Usage | None:
+    """`usage` of a message: `input_tokens` is what neither read from nor wrote to the cache."""
+    if not isinstance(usage, dict):
+        return None
+    counts = [
+        _count(usage.get(name) or 0)
+        for name in ("cache_creation_input_tokens", "cache_read_input_tokens")
+    ]
+    given, made = _count(usage.get("input_tokens")), _count(usage.get("output_tokens"))
+    written, cached = counts
+    if given is None or made is None or written is None or cached is None:
+        return None
+    return Usage(given + written, cached, made, 0)
+
+
+def estimate_input(size: int) -> int:
+    """Tokens of a request body of `size` bytes; at least 1."""
+    return max(1, size // BYTES_PER_TOKEN)
+
+
+def estimate_output(deltas: int, size: int) -> int:
+    """Tokens of `deltas` text deltas of `size` bytes in all: a delta holds at least one."""
+    return max(deltas, -(-size // BYTES_PER_TOKEN))
+
+
+def charge(
+    outcome: Outcome,
+    *,
+    counted: Usage | None,
+    reason: Reason | None,
+    answered: bool,
+    streamed: bool,
+    size: int,
+    delivered: int,
+    paced: int,
+    most: int | None,
+) -> tuple[Usage | None, Reason | None]:
+    """What a request that was sent upstream is charged, and why if that is an estimate.
+
+    Args:
+        outcome: how it ended.
+        counted: the upstream's own usage, if it was read and is good.
+        reason: why there is none.
+        answered: a success status came.
+        streamed: a stream was asked for.
+        size: bytes that went to the model.
+        delivered: estimated output tokens that reached the client.
+        paced: output tokens that the target makes in the time that it had.
+        most: the largest output that the request or its route allows.
+    """
+    if counted is not None:
+        return counted, None
+    given = estimate_input(size)
+    match outcome:
+        case "client_disconnected":
+            # The upstream went on working for a client that does not wait: it pays for the larger.
+            made = max(delivered, paced)
+            made = made if most is None else min(made, most)
+            return Usage(input=given, output=made), "disconnected"
+        case "completed" | "incomplete" | "failed":
+            return Usage(input=given, output=delivered), reason or "missing"
+        case "upstream_timeout" | "drained":
+            return Usage(input=given, output=delivered), "cut"
+        case "upstream_error" | "internal_error" if answered and streamed:
+            return Usage(input=given, output=delivered), "cut"
+        case _:
+            return None, None
+
+
+class Pace:
+    """Recent output tokens per second of each target, for answers whose end was not seen.
+
+    An exponential average over answers: quick enough to follow a model's load, steady enough that
+    one odd answer does not decide what the next caller is charged.
+    """
+
+    UNKNOWN = 30.0  # tokens per second of a target that has not answered yet
+    _WEIGHT = 0.2
+    _SHORTEST = 0.05  # seconds; a shorter answer says nothing about pace
+
+    def __init__(self) -> None:
+        self._rates: dict[tuple[str, str], float] = {}
+
+    def observe(self, target: tuple[str, str], tokens: int, seconds: float) -> None:
+        """One whole answer of `tokens` output tokens, `seconds` after its headers."""
+        if tokens <= 0 or seconds < self._SHORTEST:
+            return
+        rate = tokens / seconds
+        known = self._rates.get(target)
+        self._rates[target] = rate if known is None else known + self._WEIGHT * (rate - known)
+
+    def tokens(self, target: tuple[str, str], seconds: float) -> int:
+        """What `target` makes in `seconds`."""
+        return int(self._rates.get(target, self.UNKNOWN) * max(0.0, seconds))

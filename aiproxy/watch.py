@@ -1,0 +1,168 @@
+"""The deadlines of one request, on one timer.
+
+A request is in one phase at a time, each with its limit; `total` spans all of them, and a stream's
+heartbeat runs beside them. Activity only notes the time. The timer finds out when it fires whether
+something is really due, and is set again for what is due next: most requests never move it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Literal, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+Phase = Literal["client_body", "connect", "first_byte", "idle", "tail", "client_write", "none"]
+Reason = Literal[
+    "client_body", "connect", "first_byte", "idle", "tail", "client_write", "total",
+    "shutting_down", "ended_at_once",
+]  # fmt: skip
+
+MIN_PROGRESS = 1024  # bytes that a client must take within `client_write`
+
+_NEVER = float("inf")
+
+
+class Interrupted(Exception):  # noqa: N818 - it is an event, not always an error
+    """The request was interrupted; `reason` is a phase, `total`, or the drain."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason)
+        self.reason: Reason = reason
+
+
+class Watch:
+    """Interrupts the task that entered it when a deadline passes.
+
+    Usage: `async with watch:` around the work; `Interrupted` is raised where the block ends. A
+    cancellation from elsewhere stays a CancelledError.
+
+    Args:
+        total: seconds for all of it; 0 for no bound.
+        unsent: bytes that the client has not taken yet, for the phase `client_write`.
+    """
+
+    __slots__ = (
+        "_armed_at", "_beat", "_every", "_handle", "_limit", "_loop", "_mark", "_scope", "_sent",
+        "_since", "_total_at", "_unsent", "phase", "reason",
+    )  # fmt: skip
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, *, total: float, unsent: Callable[[], int]
+    ) -> None:
+        self._loop = loop
+        self._unsent = unsent
+        self._scope = asyncio.timeout(None)
+        self._handle: asyncio.TimerHandle | None = None
+        self._armed_at = _NEVER
+        now = loop.time()
+        self._total_at = now + total if total else _NEVER
+        self.phase: Phase = "none"
+        self._limit = 0.0
+        self._since = now
+        self._mark = 0
+        self._beat: Callable[[], None] | None = None
+        self._every = 0.0
+        self._sent = now
+        self.reason: Reason | None = None
+
+    async def __aenter__(self) -> Self:
+        """Begin: the current task is the one to interrupt."""
+        await self._scope.__aenter__()
+        self._arm()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End; tell an interruption of our own from a cancellation."""
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+        self._beat = None
+        try:
+            await self._scope.__aexit__(kind, error, trace)
+        except TimeoutError:
+            if self.reason is None or not isinstance(error, asyncio.CancelledError):
+                raise
+            raise Interrupted(self.reason) from None
+
+    def enter(self, phase: Phase, limit: float) -> None:
+        """Go on to another phase, of at most `limit` seconds without activity; 0 for no bound."""
+        self.phase = phase
+        self._limit = limit
+        self._since = self._loop.time()
+        if phase == "client_write":
+            self._mark = self._unsent()
+        if limit and self._since + limit < self._armed_at:
+            self._arm()
+
+    def touch(self) -> None:
+        """Something came in the current phase."""
+        self._since = self._loop.time()
+
+    def sent(self) -> None:
+        """Something went to the client."""
+        self._sent = self._loop.time()
+
+    def heartbeat(self, every: float, beat: Callable[[], None]) -> None:
+        """Call `beat` after each `every` seconds in which nothing was sent; 0 for never."""
+        if not every:
+            return
+        self._every = every
+        self._beat = beat
+        self._sent = self._loop.time()
+        if self._sent + every < self._armed_at:
+            self._arm()
+
+    def interrupt(self, reason: Reason) -> None:
+        """Interrupt the task, from outside of it. The first reason stands."""
+        if self.reason is None:
+            self.reason = reason
+            self._scope.reschedule(self._loop.time())
+
+    def _due(self) -> float:
+        due = self._total_at
+        if self._limit:
+            due = min(due, self._since + self._limit)
+        if self._beat is not None:
+            due = min(due, self._sent + self._every)
+        return due
+
+    def _arm(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+        self._armed_at = self._due()
+        if self._armed_at < _NEVER:
+            self._handle = self._loop.call_at(self._armed_at, self._fire)
+
+    def _fire(self) -> None:
+        self._handle = None
+        now = self._loop.time()
+        if now >= self._total_at:
+            self.interrupt("total")
+            return
+        if self._limit and now >= self._since + self._limit:
+            if self.phase == "none" or not self._client_moves():
+                self.interrupt("idle" if self.phase == "none" else self.phase)
+                return
+            self._since = now
+        if self._beat is not None and now >= self._sent + self._every:
+            self._sent = now
+            self._beat()
+        self._arm()
+
+    def _client_moves(self) -> bool:
+        """In the phase `client_write`: whether the client took something since the last look."""
+        if self.phase != "client_write":
+            return False
+        unsent = self._unsent()
+        moved = self._mark - unsent >= MIN_PROGRESS
+        self._mark = unsent
+        return moved
