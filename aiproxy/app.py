@@ -6,6 +6,7 @@ name something else. No upstream path is ever built from them.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
@@ -31,17 +32,11 @@ if TYPE_CHECKING:
 
     Act = Callable[[Call], Awaitable[Outcome]]
 
-_DIALECTS: dict[str, Dialect] = {
-    "/v1/responses": Responses(),
-    "/v1/chat/completions": Chat(),
-    "/v1/embeddings": Embeddings(),
-    "/v1/messages": Messages(),
-}
-_ENDPOINTS: dict[str, Endpoint] = {
-    "/v1/responses": "responses",
-    "/v1/chat/completions": "chat",
-    "/v1/embeddings": "embeddings",
-    "/v1/messages": "messages",
+_RELAYED: dict[str, tuple[Endpoint, Dialect]] = {
+    "/v1/responses": ("responses", Responses()),
+    "/v1/chat/completions": ("chat", Chat()),
+    "/v1/embeddings": ("embeddings", Embeddings()),
+    "/v1/messages": ("messages", Messages()),
 }
 
 
@@ -50,6 +45,10 @@ class App:
 
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
+        self._relayed: dict[str, tuple[Endpoint, Act]] = {
+            path: (endpoint, partial(proxy.relay, dialect=dialect))
+            for path, (endpoint, dialect) in _RELAYED.items()
+        }
 
     async def __call__(self, request: BaseRequest) -> Reply:
         """Answer one request."""
@@ -64,12 +63,12 @@ class App:
     def _find(self, request: BaseRequest, path: str) -> tuple[Endpoint, Act]:
         """What a method and a path mean: an endpoint, and what it does."""
         method = request.method
-        if (dialect := _DIALECTS.get(path)) is not None:
-            if path == "/v1/responses" and "Upgrade" in request.headers and method == "GET":
+        if (relayed := self._relayed.get(path)) is not None:
+            if method == "POST":
+                return relayed
+            if path == "/v1/responses" and "Upgrade" in request.headers:
                 return "responses", _raise(errors.upgrade_not_supported())
-            if method != "POST":
-                return _ENDPOINTS[path], _raise(errors.method_not_allowed(method, "POST"))
-            return _ENDPOINTS[path], lambda call: self._proxy.relay(call, dialect)
+            return relayed[0], _raise(errors.method_not_allowed(method, "POST"))
         if path == "/":
             return self._reading(method, "none", _greet)
         if path == "/v1/models":

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -21,7 +22,7 @@ import structlog
 from aiproxy.errors import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, MutableMapping
+    from collections.abc import MutableMapping
 
     from structlog.typing import FilteringBoundLogger, WrappedLogger
 
@@ -151,8 +152,17 @@ class Log:
 
     def record(self, exchange: Exchange) -> None:
         """See `Recorder`: the one line of a request."""
-        if self._requests_logged:
-            self.process.info("request", **request_fields(exchange))
+        if not self._requests_logged:
+            return
+        fields = request_fields(exchange)
+        if not self._json:
+            self.process.info("request", **fields)
+            return
+        # What the processors of `process` would make of it, at a third of their cost.
+        fields["event"] = "request"
+        fields["level"] = "info"
+        fields["timestamp"] = f"{datetime.now(UTC).replace(tzinfo=None).isoformat()}Z"
+        self._writer.msg(self._render_json(None, "info", fields))
 
     def _render_json(
         self, _logger: WrappedLogger, method: str, event: MutableMapping[str, Any]
@@ -166,7 +176,7 @@ class Log:
         return str(self._console(logger, method, event)).encode("utf-8", "backslashreplace")
 
 
-def request_fields(exchange: Exchange) -> Mapping[str, Any]:
+def request_fields(exchange: Exchange) -> dict[str, Any]:
     """The fields of a request's line (README, "The log"); seconds are rounded to microseconds."""
     usage = exchange.usage
     return {

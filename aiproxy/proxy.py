@@ -137,7 +137,9 @@ class Proxy:
         if asked.stream:
             call.stream = dialect.stream(asked)
             call.watch.heartbeat(call.snapshot.config.streams.keepalive, call.beat)
-        async with self._ask(call, dialect, target, envelope) as answer:
+        ask = self._ask(call, dialect, target, envelope)
+        del envelope  # a stream may last for hours; its request's body need not
+        async with ask as answer:
             call.hold.release()
             if asked.stream:
                 return await self._relay_stream(call, answer, target.upstream.timeouts.idle)
@@ -146,9 +148,9 @@ class Proxy:
     async def _receive(self, call: Call) -> Envelope:
         config = call.snapshot.config
         began = time.monotonic()
-        call.watch.enter("client_body", config.timeouts.client_body)
+        if not call.request.content.is_eof():  # most bodies came with their head
+            call.watch.enter("client_body", config.timeouts.client_body)
         body = await receive(call.request, call.hold, config.max_body)
-        call.watch.enter("none", 0)
         call.exchange.waited = time.monotonic() - began
         call.exchange.bytes_in = len(body)
         return Envelope.parse(body)

@@ -82,6 +82,7 @@ class Client:
         )
         self._base = URL(upstream.url, encoded=True)
         self._fixed: dict[str, tuple[tuple[str, str], ...]] = {}
+        self._urls: dict[str, URL] = {}  # by path: there are four
         self._own = frozenset(name.lower() for name in upstream.headers)
 
     def url(self, path: str) -> URL:
@@ -89,9 +90,14 @@ class Client:
 
         A base without any path is one that the user took for the host: its API is below /v1.
         """
+        known = self._urls.get(path)
+        if known is not None:
+            return known
         base = self._base.raw_path.rstrip("/") or "/v1"
         query = f"?{self._base.raw_query_string}" if self._base.raw_query_string else ""
-        return URL(f"{self._base.origin()}{base}{path}{query}", encoded=True)
+        url = URL(f"{self._base.origin()}{base}{path}{query}", encoded=True)
+        self._urls[path] = url
+        return url
 
     def request_headers(
         self, api: str, received: Iterable[tuple[str, str]], request_id: str

@@ -7,7 +7,7 @@ failure is told in-band. It never does I/O, and time is passed in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
@@ -34,7 +34,7 @@ class Asked:
     declared_as: str = "max_output_tokens"  # by this field
     include_usage: bool = False  # chat: the client itself asked for the usage frame
     choices: int = 1  # chat: `n`
-    echo: dict[str, Raw] = field(default_factory=dict)  # responses: fields of the object to echo
+    envelope: Envelope | None = None  # responses: what a failed response repeats, while needed
 
 
 class Answer(NamedTuple):

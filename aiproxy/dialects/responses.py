@@ -86,7 +86,7 @@ class Responses:
             model=model,
             stream=stream,
             declared=envelope.integer("max_output_tokens"),
-            echo={name: Raw(raw) for name in _ECHO if (raw := envelope.raw(name)) is not None},
+            envelope=envelope if stream else None,
         )
 
     def answer(self, body: bytes, asked: Asked) -> Answer:
@@ -193,6 +193,7 @@ class ResponsesStream:
         if response is None:
             return self._broken(kind)
         self._base = event["response"]
+        self._asked.envelope = None  # the upstream repeats it: the body need not stay in memory
         if self._asked.renamed:
             raw = restored_frame(raw, data, ("response",), self._asked.model)
         self._passed(raw)
@@ -297,5 +298,8 @@ def skeleton(asked: Asked, now: int) -> dict[str, Any]:
         "safety_identifier": None,
         "prompt_cache_key": None,
     }
-    response.update(asked.echo)
+    if asked.envelope is not None:
+        for name in _ECHO:
+            if (raw := asked.envelope.raw(name)) is not None:
+                response[name] = Raw(raw)
     return response
