@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from aiproxy import jsontext
 
 SPACE = st.sampled_from(["", "", " ", "\n", "\t", "\r\n  "])
-ATOMS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+ATOMS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text()
+)
 VALUES = st.recursive(
     ATOMS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),

@@ -70,15 +70,15 @@ async def pair(proxy: Proxy, upstream: ScriptedUpstream) -> AsyncIterator[Pair]:
 
 
 @pytest.fixture
-def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Let the SDK not wait before it tries again; the list has the seconds it would have."""
-    slept: list[float] = []
+    seconds: list[float] = []
 
-    async def sleep(seconds: float) -> None:
-        slept.append(seconds)
+    async def sleep(delay: float) -> None:
+        seconds.append(delay)
 
     monkeypatch.setattr("anyio.sleep", sleep)
-    return slept
+    return seconds
 
 
 def dumped(result: Any) -> Any:
@@ -122,12 +122,8 @@ async def helped(client: AsyncOpenAI, **ask: Any) -> tuple[list[Any], Any]:
 async def test_responses_are_the_same(pair: Pair, upstream: ScriptedUpstream, kind: str) -> None:
     """Text, tool calls and reasoning are parsed alike: whole, event by event, by the helper."""
     items = ITEMS[kind]
-    whole = await same(
-        pair,
-        upstream,
-        json_answer(responses_json(items=items)),
-        lambda client: client.responses.create(**ASK),
-    )
+    script = json_answer(responses_json(items=items))
+    whole = await same(pair, upstream, script, lambda client: client.responses.create(**ASK))
     for done in (False, True):
         script = stream(responses_events(items=items, done=done))
         events = await same(pair, upstream, script, streamed)
@@ -175,17 +171,6 @@ async def test_heartbeats_are_not_seen(serve: Serve, upstream: ScriptedUpstream)
         upstream.script(slow)
         raw = await proxy.post(body={**ASK, "stream": True})
     assert raw.body.count(b": keepalive") >= 2
-
-
-async def test_a_renamed_model_keeps_its_name(proxy: Proxy, upstream: ScriptedUpstream) -> None:
-    """Where the route renames the model, the SDK sees the name that it asked for."""
-    async with proxy.openai() as client:
-        whole = await client.responses.create(**{**ASK, "model": "renamed"})
-        events, final = await helped(client, model="renamed")
-        chat = await client.chat.completions.create(**{**CHAT, "model": "renamed"})
-    assert {whole.model, final.model, chat.model} == {"renamed"}
-    assert {e.response.model for e in events if hasattr(e, "response")} == {"renamed"}
-    assert {request.json()["model"] for request in upstream.requests} == {"upstream-model"}
 
 
 # Chat, embeddings, models
@@ -307,7 +292,7 @@ async def test_the_synchronous_client_is_the_same(proxy: Proxy, upstream: Script
         stream(responses_events(items=ITEMS["all"])),
         stream(responses_events(items=ITEMS["all"])),
         json_answer(chat_json()),
-        stream([*chat_events(done=False), b"data: [DONE]\n\n"]),
+        stream(chat_events()),
         json_answer(embeddings_json()),
         error_answer(400, "no", code="no_good", param="input"),
     )
@@ -325,29 +310,94 @@ async def test_the_synchronous_client_is_the_same(proxy: Proxy, upstream: Script
 @pytest.mark.parametrize(
     ("ask", "kind", "code", "param"),
     [
-        ({"api_key": "sk-aip-no"}, openai.AuthenticationError, "invalid_api_key", None),
+        ({"api_key": "sk-no"}, openai.AuthenticationError, "invalid_api_key", None),
         ({"model": "none"}, openai.NotFoundError, "model_not_found", "model"),
-        ({"input": 7}, openai.BadRequestError, "invalid_type", "input"),
-        ({"extra_body": {"model": None}}, openai.BadRequestError, None, "model"),
+        ({"input": 7, "stream": True}, openai.BadRequestError, "invalid_type", "input"),
+        ({"model": ""}, openai.BadRequestError, "missing_required_parameter", "model"),
         ({"background": True}, openai.BadRequestError, "unsupported_parameter", "background"),
     ],
 )
-@pytest.mark.parametrize("streams", [False, True])
-async def test_own_errors(
-    proxy: Proxy,
-    ask: Any,
-    kind: type[openai.APIStatusError],
-    code: str,
-    param: str,
-    *,
-    streams: bool,
-) -> None:
-    """What aiproxy refuses is the SDK's own exception, with code, param, sentence and id."""
-    fields = {**ASK, "stream": streams, **ask}
-    async with proxy.openai(api_key=fields.pop("api_key", proxy.key)) as client:
+async def test_own_errors(proxy: Proxy, ask: Any, kind: Any, code: str, param: str) -> None:
+    """What aiproxy refuses is the SDK's own exception, with type, code, param and request id."""
+    async with proxy.openai(api_key=ask.get("api_key", proxy.key)) as client:
         with pytest.raises(kind) as caught:
-            await client.responses.create(**fields)
+            await client.responses.create(**{**ASK, **ask, "extra_headers": {"x-request-id": "me"}})
     error = caught.value
-    assert (error.code, error.param) == (code or "missing_required_parameter", param)
-    assert error.type == "invalid_request_error"
-    assert error.request_id == proxy.request_logs()[0]["request_id"]
+    assert (error.type, error.code, error.param) == ("invalid_request_error", code, param)
+    assert error.request_id == "me"
+
+
+REFUSALS: list[Any] = [
+    (error_answer(400, code="odd", param="input"), openai.BadRequestError, "odd", []),
+    (error_answer(409, code="odd"), openai.ConflictError, "odd", [pytest.approx(0.5, rel=0.3)]),
+    (error_answer(422, code="odd"), openai.UnprocessableEntityError, "odd", []),
+    (error_answer(429, headers=[("retry-after", "7")]), openai.RateLimitError, None, [7]),
+    (error_answer(429, headers=[("retry-after-ms", "40")]), openai.RateLimitError, None, [0.04]),
+    (error_answer(429, headers=[("x-should-retry", "false")]), openai.RateLimitError, None, []),
+    (error_answer(529, headers=[("retry-after", "3")]), 503, "upstream_overloaded", [3]),
+    (error_answer(503), 503, "upstream_overloaded", [1]),
+    (error_answer(500), 502, "upstream_error", [pytest.approx(0.5, rel=0.3)]),
+    (error_answer(401), 502, "upstream_credential", []),
+    ([Stall()], 504, "upstream_timeout", []),
+]
+
+
+@pytest.mark.parametrize(("script", "kind", "code", "naps"), REFUSALS)
+@pytest.mark.parametrize("streams", [False, True])
+async def test_upstream_errors(
+    serve: Serve, upstream: ScriptedUpstream, slept: Any, script: Any, kind: Any, code: Any,
+    naps: Any, *, streams: bool,
+) -> None:  # fmt: skip
+    """Each is the right exception, and the SDK tries again only where it may, when it may."""
+    proxy = await serve(timeouts={"first_byte": "100ms"})
+    upstream.default = script
+    async with proxy.openai(max_retries=1) as client:
+        expected = openai.InternalServerError if isinstance(kind, int) else kind
+        with pytest.raises(expected) as caught:
+            await client.responses.create(**ASK, stream=streams)
+    assert isinstance(caught.value, openai.APIStatusError)
+    assert kind in {caught.value.status_code, expected}
+    assert (caught.value.code, slept) == (code, naps)
+    assert len(upstream.requests) == 1 + len(naps)
+
+
+async def test_a_cut_stream_is_seen(proxy: Proxy, upstream: ScriptedUpstream) -> None:
+    """A cut that the SDK alone would take for success is a failed response, or an exception."""
+    upstream.script(stream(responses_events())[:6], Reset())
+    upstream.script(stream(chat_events())[:3], Reset())
+    async with proxy.openai(max_retries=2) as client:
+        events = await streamed(client)
+        chunks = await client.chat.completions.create(**CHAT, stream=True)
+        with pytest.raises(openai.APIError, match=r"The upstream's answer broke off\.") as caught:
+            async for _ in chunks:
+                pass
+    assert [e.sequence_number for e in events] == list(range(len(events)))
+    assert events[-1].type == "response.failed"
+    assert events[-1].response.error.code == "server_error"
+    assert events[-1].response.error.message.startswith("[upstream_error] ")
+    assert (caught.value.code, len(upstream.requests)) == ("upstream_error", 2)
+
+
+@pytest.mark.parametrize("way", ["close", "cancel", "timeout"])
+async def test_leaving_early(proxy: Proxy, upstream: ScriptedUpstream, way: str) -> None:
+    """A client that closes its stream, is cancelled or waits no longer frees the upstream."""
+    baseline = await take_baseline(proxy, upstream)
+    upstream.script([] if way == "timeout" else stream(responses_events())[:4], Stall())
+    before = len(upstream.requests)
+    async with proxy.openai(timeout=0.2 if way == "timeout" else 30) as client:
+        asked = asyncio.ensure_future(client.responses.create(**ASK, stream=True))
+        request = await upstream.wait_request(before + 1)
+        if way == "timeout":
+            with pytest.raises(openai.APITimeoutError):
+                await asked
+        else:
+            events = await asked
+            assert (await anext(events)).type == "response.created"
+            if way == "cancel":
+                rest = asyncio.ensure_future(anext(events))
+                rest.cancel()
+            await events.close()
+        async with asyncio.timeout(1):
+            await request.closed.wait()
+    await check_invariants(proxy, upstream, baseline=baseline)
+    assert "client_disconnected" in {line["outcome"] for line in proxy.request_logs()}

@@ -151,6 +151,7 @@ class ChatStream:
         self.error: ProxyError | None = None
         self._asked = asked
         self._finished: set[int] = set()
+        self._usage_frames = 0
         self._tally = Tally(_DELTA)
 
     def feed(self, raw: bytes) -> bytes:
@@ -178,12 +179,25 @@ class ChatStream:
             return raw
         self._finish(chunk.get("choices"))
         if value_of(chunk.get("usage")) is not None:
-            self.usage, self.reason = _usage(chunk)
-            if not self._asked.include_usage and value_of(chunk.get("choices")) == []:
+            alone = not value_of(chunk.get("choices"))
+            self._count(chunk, alone=alone)
+            if alone and not self._asked.include_usage:
                 return b""
         if self._asked.renamed:
             return restored_frame(raw, data, (), self._asked.model)
         return raw
+
+    def _count(self, chunk: dict[str, Raw], *, alone: bool) -> None:
+        """Usage beside content is a running total, so the last counts.
+
+        A frame of its own says the whole, and two of them contradict each other (llama.cpp sends
+        one for each choice): then neither is believed.
+        """
+        self._usage_frames += alone
+        if self._usage_frames > 1:
+            self.usage, self.reason = None, "bad"
+        else:
+            self.usage, self.reason = _usage(chunk)
 
     def _finish(self, choices: Raw | None) -> None:
         for index, reason in _finished(choices):
