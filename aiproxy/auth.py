@@ -31,7 +31,7 @@ def presented(authorization: list[str], api_key: list[str]) -> str:
         if scheme.lower() != "bearer":
             raise errors.invalid_api_key()
         found.add(token.strip())
-    if len(found) != 1:
+    if len(found) != 1 or "" in found:
         raise errors.invalid_api_key()
     return found.pop()
 

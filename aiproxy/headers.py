@@ -59,13 +59,25 @@ def to_upstream(
 ) -> list[tuple[str, str]]:
     """The client's headers that go upstream; `extra` are further lower-case names."""
     crossing: list[tuple[str, str]] = []
+    received = list(received)
+    hop_by_hop = _named_by_connection(received)
     for name, value in received:
         lower = name.lower()
+        if lower in hop_by_hop:
+            continue
         if lower in _UPSTREAM or lower.startswith(_UPSTREAM_PREFIXES) or lower in extra:
             # Bytes that are no UTF-8 came as surrogates, which cannot be written again.
             text = value if value.isascii() else value.encode("utf-8", "replace").decode()
             crossing.append((name, text))
     return crossing
+
+
+def _named_by_connection(received: list[tuple[str, str]]) -> frozenset[str]:
+    """The fields that a sender's Connection says are for the next hop only."""
+    values = [value for name, value in received if name.lower() == "connection"]
+    if not values:
+        return frozenset()
+    return frozenset(token.strip().lower() for token in ",".join(values).split(","))
 
 
 def to_client(received: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -141,10 +141,12 @@ def split(document: bytes) -> dict[str, bytes]:
     (a lone surrogate in a string, RFC 8259 section 8.2).
 
     Raises:
-        ValueError: not one JSON object. A RecursionError cannot happen at a depth that
+        ValueError: not one JSON object in UTF-8. A RecursionError cannot happen at a depth that
             `depth_exceeds` allows.
     """
-    value = json.loads(document, parse_constant=_refuse_constant, parse_int=len, parse_float=len)
+    value = json.loads(
+        document.decode(), parse_constant=_refuse_constant, parse_int=len, parse_float=len
+    )
     if not isinstance(value, dict):
         raise ValueError("not an object")  # noqa: TRY004 - one kind of error for the caller
     return {key_text(key): document[start:end] for key, start, end in members(document)}

@@ -6,6 +6,7 @@ whole name, case-sensitive.
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
 
 
 def glob(pattern: str) -> re.Pattern[str]:
-    """A glob as a pattern for `fullmatch`."""
-    return re.compile(
-        "".join(".*" if c == "*" else "." if c == "?" else re.escape(c) for c in pattern),
-        re.DOTALL,
-    )
+    """A glob as a pattern for `fullmatch`.
+
+    fnmatch makes one that never backtracks over an earlier `*`: the name is a caller's, and may be
+    long. It knows `[` as well, which is an ordinary character here.
+    """
+    return re.compile(fnmatch.translate(pattern.replace("[", "[[]")))
 
 
 def is_glob(pattern: str) -> bool:

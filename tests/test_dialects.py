@@ -74,7 +74,7 @@ def pretty(event: bytes) -> bytes:
 
 def broken_everywhere(event: bytes) -> bytes:
     """The same event with a line end after every colon of its JSON."""
-    return pretty(event).replace(b'": ', b'":\ndata: ')
+    return re.sub(rb'(?<!\\)": ', b'":\ndata: ', pretty(event))
 
 
 ITEMS = [reasoning_item(), message_item("Grüße, world"), function_item()]

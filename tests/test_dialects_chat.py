@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from answers import USAGE, chat_events, messages_events, sse
 from client import parse_sse
-from test_dialects import ERROR, asked, play
+from test_dialects import ERROR, asked, broken_everywhere, play
 
 from aiproxy.dialects.chat import Chat, ChatStream
 from aiproxy.dialects.messages import Messages, MessagesStream
@@ -111,6 +111,13 @@ def test_every_choice_must_finish() -> None:
     play(stream, [chunk(choice(0, "length"))])
     assert stream.whole
     assert stream.outcome == "incomplete"
+
+
+def test_a_finish_reason_on_a_line_of_its_own() -> None:
+    """Data over many lines, broken wherever JSON allows it, still completes a stream (traps, 3)."""
+    frames = [broken_everywhere(frame) for frame in (TEXT, STOP)]
+    played = play(ChatStream(asked()), frames)
+    assert (played.out, played.whole) == (b"".join(frames), True)
 
 
 def test_an_upstream_that_ignores_n_may_end() -> None:

@@ -7,6 +7,7 @@ failure is told in-band. It never does I/O, and time is passed in.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ import msgspec
 from msgspec import Raw
 
 from aiproxy import jsontext, sse
+from aiproxy.usage import estimate_output
 
 if TYPE_CHECKING:
     import re
@@ -71,7 +73,7 @@ class Dialect(Protocol):
         """A reader for one stream."""
 
 
-class Stream(Protocol):
+class Stream(ABC):
     """Reads one stream of frames, which it may rewrite.
 
     Attributes:
@@ -79,34 +81,59 @@ class Stream(Protocol):
         whole: what came so far is a complete answer, whether or not more follows.
         outcome: how the answer counts, once `whole`.
         output_started: an event with output (text, reasoning, arguments) passed.
+        usage: of the answer, once it came.
+        reason: why there is no usage.
         error: set when the stream cannot go on: what to tell the client.
+        tally: of the output that passed.
     """
 
-    over: bool
-    whole: bool
-    outcome: Outcome
-    output_started: bool
-    error: ProxyError | None
-
-    @property
-    def usage(self) -> Usage | None:
-        """Of the answer, once it came."""
-
-    @property
-    def reason(self) -> Reason | None:
-        """Why there is no usage."""
+    def __init__(self, asked: Asked, output: re.Pattern[bytes]) -> None:
+        self.asked = asked
+        self.over = False
+        self.whole = False
+        self.outcome: Outcome = "completed"
+        self.output_started = False
+        self.usage: Usage | None = None
+        self.reason: Reason | None = "missing"
+        self.error: ProxyError | None = None
+        self.tally = Tally(output)
+        self._kept = True
 
     def feed(self, raw: bytes) -> bytes:
         """Read one whole frame; what goes to the client in its place (often the same bytes)."""
+        if raw == b"\n":
+            # The second half of a CRLF that came late: it goes where its frame went.
+            return raw if self._kept else b""
+        if raw.startswith(b":") and sse.parse(raw)[1] is None:
+            return b"" if self.over else raw
+        out = self._after(raw) if self.over else self._read(raw)
+        self._kept = bool(out)
+        return out
+
+    @abstractmethod
+    def _read(self, raw: bytes) -> bytes:
+        """Read a frame that is no comment, before the stream is over."""
+
+    def _after(self, _raw: bytes) -> bytes:
+        """What is let through of a frame after the end."""
+        return b""
 
     def delivered(self) -> int:
         """Estimated output tokens of what passed so far."""
+        return estimate_output(self.tally.deltas, self.tally.size)
 
     def cut(self) -> ProxyError | None:
         """The upstream's own account of why it ended without a terminal event, if it gave one."""
+        return None
 
+    @abstractmethod
     def fail(self, error: ProxyError, now: int) -> bytes:
         """The frames that end the stream for the client. `now`: seconds since the epoch."""
+
+
+def many_lines(raw: bytes) -> bool:
+    """Whether a frame's data may be on several lines, hence broken anywhere."""
+    return raw.count(b"data:") > 1
 
 
 class Tally:

@@ -16,7 +16,8 @@ from aiproxy import errors, sse, usage
 from aiproxy.dialects import (
     Answer,
     Asked,
-    Tally,
+    Stream,
+    many_lines,
     members_of,
     restore_model,
     restored_frame,
@@ -138,29 +139,18 @@ def _finished(choices: Raw | None) -> list[tuple[int, str]]:
     ]
 
 
-class ChatStream:
+class ChatStream(Stream):
     """See `Stream`. Whole with a finish reason for every choice, even without `[DONE]`."""
 
     def __init__(self, asked: Asked) -> None:
-        self.over = False
-        self.whole = False
-        self.outcome: Outcome = "completed"
-        self.output_started = False
-        self.usage: usage.Usage | None = None
-        self.reason: usage.Reason | None = "missing"
-        self.error: ProxyError | None = None
-        self._asked = asked
+        super().__init__(asked, _DELTA)
         self._finished: set[int] = set()
         self._usage_frames = 0
-        self._tally = Tally(_DELTA)
 
-    def feed(self, raw: bytes) -> bytes:
-        """See `Stream`."""
-        if self.over:
-            return b""
-        if self._asked.renamed or _CANDIDATE.search(raw) is not None:
-            raw = self._look(raw)
-        if self._tally.count(raw):
+    def _read(self, raw: bytes) -> bytes:
+        if self.asked.renamed or _CANDIDATE.search(raw) is not None or many_lines(raw):
+            return self._look(raw)
+        if self.tally.count(raw):
             self.output_started = True
         return raw
 
@@ -173,6 +163,8 @@ class ChatStream:
         chunk = members_of(data)
         if chunk is None:
             return self._not_json(raw, name)
+        if self.tally.count(data):
+            self.output_started = True
         if value_of(chunk.get("error")) is not None:
             self.over = self.whole = True
             self.outcome = "failed"
@@ -181,10 +173,10 @@ class ChatStream:
         if value_of(chunk.get("usage")) is not None:
             alone = not value_of(chunk.get("choices"))
             self._count(chunk, alone=alone)
-            if alone and not self._asked.include_usage:
+            if alone and not self.asked.include_usage:
                 return b""
-        if self._asked.renamed:
-            return restored_frame(raw, data, (), self._asked.model)
+        if self.asked.renamed:
+            return restored_frame(raw, data, (), self.asked.model)
         return raw
 
     def _count(self, chunk: dict[str, Raw], *, alone: bool) -> None:
@@ -204,7 +196,7 @@ class ChatStream:
             self._finished.add(index)
             if reason in _INCOMPLETE:
                 self.outcome = "incomplete"
-        self.whole = len(self._finished) >= self._asked.choices
+        self.whole = len(self._finished) >= self.asked.choices
 
     def _not_json(self, raw: bytes, name: bytes) -> bytes:
         if name != b"error":
@@ -218,14 +210,6 @@ class ChatStream:
             return b""
         self.over = self.whole = True
         return raw
-
-    def delivered(self) -> int:
-        """See `Stream`."""
-        return usage.estimate_output(self._tally.deltas, self._tally.size)
-
-    def cut(self) -> ProxyError | None:
-        """See `Stream`: an error frame ends a chat stream, so there is none to remember."""
-        return None
 
     def fail(self, error: ProxyError, now: int) -> bytes:  # noqa: ARG002 - the protocol's shape
         """See `Stream`: an error frame, and no `[DONE]`."""

@@ -12,7 +12,8 @@ from aiproxy import usage as counts
 from aiproxy.dialects import (
     Answer,
     Asked,
-    Tally,
+    Stream,
+    many_lines,
     members_of,
     restore_model,
     restored_frame,
@@ -21,7 +22,7 @@ from aiproxy.dialects import (
 
 if TYPE_CHECKING:
     from aiproxy.envelope import Envelope
-    from aiproxy.errors import Outcome, ProxyError, Shape
+    from aiproxy.errors import ProxyError, Shape
 
 _CANDIDATE = re.compile(
     rb'(?:"|event: ?)(?:message_start|message_delta|message_stop|error)(?:"|\r|\n)'
@@ -76,38 +77,17 @@ def _is_incomplete(stop_reason: object) -> bool:
     return isinstance(stop_reason, str) and stop_reason in _INCOMPLETE
 
 
-class MessagesStream:
+class MessagesStream(Stream):
     """See `Stream`. Whole only with `message_stop`."""
 
     def __init__(self, asked: Asked) -> None:
-        self.over = False
-        self.whole = False
-        self.outcome: Outcome = "completed"
-        self.output_started = False
-        self.error: ProxyError | None = None
-        self._asked = asked
+        super().__init__(asked, _DELTA)
         self._counts: dict[str, Any] = {}
-        self._tally = Tally(_DELTA)
 
-    @property
-    def usage(self) -> counts.Usage | None:
-        """Of the start, overridden by what later events say (they are cumulative)."""
-        return counts.from_messages(self._counts) if self.whole else None
-
-    @property
-    def reason(self) -> counts.Reason | None:
-        """See `Stream`."""
-        if self.usage is not None:
-            return None
-        return "bad" if self._counts and self.whole else "missing"
-
-    def feed(self, raw: bytes) -> bytes:
-        """See `Stream`."""
-        if self.over:
-            return b""
-        if _CANDIDATE.search(raw) is not None:
+    def _read(self, raw: bytes) -> bytes:
+        if _CANDIDATE.search(raw) is not None or many_lines(raw):
             return self._look(raw)
-        if self._tally.count(raw):
+        if self.tally.count(raw):
             self.output_started = True
         return raw
 
@@ -127,21 +107,26 @@ class MessagesStream:
         if kind == "message_start":
             message = members_of(event.get("message")) or {}
             self._count(value_of(message.get("usage")))
-            if self._asked.renamed:
-                return restored_frame(raw, data, ("message",), self._asked.model)
+            if self.asked.renamed:
+                return restored_frame(raw, data, ("message",), self.asked.model)
         elif kind == "message_delta":
             self._count(value_of(event.get("usage")))
             self._stop(value_of(event.get("delta")))
         elif kind == "message_stop":
             self.over = self.whole = True
+            self._settle()
         elif kind == "error":
-            self.over = True
-            self.whole = True
-            self.outcome = "failed"
-            self._counts.clear()  # of a beginning only: what was delivered is estimated
-        elif self._tally.count(raw):
+            self.over = self.whole = True
+            self.outcome = "failed"  # the counts are a beginning's: what passed is estimated
+        elif self.tally.count(data):
             self.output_started = True
         return raw
+
+    def _settle(self) -> None:
+        """The usage: of the start, overridden by what later events said (they are cumulative)."""
+        if self._counts:
+            self.usage = counts.from_messages(self._counts)
+            self.reason = None if self.usage is not None else "bad"
 
     def _stop(self, delta: object) -> None:
         if isinstance(delta, dict) and _is_incomplete(delta.get("stop_reason")):
@@ -150,14 +135,6 @@ class MessagesStream:
     def _count(self, given: object) -> None:
         if isinstance(given, dict):
             self._counts.update((k, v) for k, v in given.items() if v is not None)
-
-    def delivered(self) -> int:
-        """See `Stream`."""
-        return counts.estimate_output(self._tally.deltas, self._tally.size)
-
-    def cut(self) -> ProxyError | None:
-        """See `Stream`: an error event ends a messages stream."""
-        return None
 
     def fail(self, error: ProxyError, now: int) -> bytes:  # noqa: ARG002 - the protocol's shape
         """See `Stream`: an `error` event."""

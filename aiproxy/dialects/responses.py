@@ -17,7 +17,8 @@ from aiproxy import errors, sse, usage
 from aiproxy.dialects import (
     Answer,
     Asked,
-    Tally,
+    Stream,
+    many_lines,
     members_of,
     restore_model,
     restored_frame,
@@ -124,37 +125,31 @@ def _usage(response: dict[str, Raw]) -> tuple[usage.Usage | None, usage.Reason |
     return counted, None if counted is not None else "bad"
 
 
-class ResponsesStream:
+class ResponsesStream(Stream):
     """See `Stream`."""
 
     def __init__(self, asked: Asked) -> None:
-        self.over = False
-        self.whole = False
-        self.outcome: Outcome = "failed"
-        self.output_started = False
-        self.usage: usage.Usage | None = None
-        self.reason: usage.Reason | None = "missing"
-        self.error: ProxyError | None = None
-        self._asked = asked
+        super().__init__(asked, _DELTA)
         self._events = 0
         self._last = b""  # the last event that went to the client
         self._base: Raw | None = None  # the latest response object
         self._items: list[Raw] = []
-        self._tally = Tally(_DELTA)
         self._declared: ProxyError | None = None
 
-    def feed(self, raw: bytes) -> bytes:
-        """See `Stream`."""
-        if self.over:
-            return raw if sse.parse(raw)[1] == b"[DONE]" else b""
-        if _CANDIDATE.search(raw) is not None:
+    def _read(self, raw: bytes) -> bytes:
+        if _CANDIDATE.search(raw) is not None or many_lines(raw):
             return self._look(raw)
-        if not raw.startswith(b":"):
-            self._passed(raw)
-            self._tally.count(raw)
-            if not self.output_started and _OUTPUT.search(raw):
-                self.output_started = True
+        self._passed(raw)
+        self._output(raw)
         return raw
+
+    def _after(self, raw: bytes) -> bytes:
+        return raw if sse.parse(raw)[1] == b"[DONE]" else b""
+
+    def _output(self, data: bytes) -> None:
+        self.tally.count(data)
+        if not self.output_started and _OUTPUT.search(data):
+            self.output_started = True
 
     def _passed(self, raw: bytes) -> None:
         self._events += 1
@@ -183,8 +178,7 @@ class ResponsesStream:
         elif kind == _ERROR:
             self._declared = errors.upstream_error(_message(event), outcome="failed")
         else:
-            self._tally.count(raw)
-            self.output_started = self.output_started or _OUTPUT.search(raw) is not None
+            self._output(data)
         self._passed(raw)
         return raw
 
@@ -193,9 +187,9 @@ class ResponsesStream:
         if response is None:
             return self._broken(kind)
         self._base = event["response"]
-        self._asked.envelope = None  # the upstream repeats it: the body need not stay in memory
-        if self._asked.renamed:
-            raw = restored_frame(raw, data, ("response",), self._asked.model)
+        self.asked.envelope = None  # the upstream repeats it: the body need not stay in memory
+        if self.asked.renamed:
+            raw = restored_frame(raw, data, ("response",), self.asked.model)
         self._passed(raw)
         if kind in _TERMINAL:
             self.outcome = _TERMINAL[kind]
@@ -216,8 +210,8 @@ class ResponsesStream:
 
     def delivered(self) -> int:
         """See `Stream`. Text that came without deltas is counted by its finished items."""
-        if self._tally.deltas:
-            return usage.estimate_output(self._tally.deltas, self._tally.size)
+        if self.tally.deltas:
+            return super().delivered()
         return usage.estimate_output(0, sum(len(bytes(item)) for item in self._items))
 
     def cut(self) -> ProxyError | None:
@@ -226,11 +220,11 @@ class ResponsesStream:
 
     def fail(self, error: ProxyError, now: int) -> bytes:
         """See `Stream`: `response.failed`, after a `response.created` if nothing went before."""
-        response = skeleton(self._asked, now)
+        response = skeleton(self.asked, now)
         base = value_of(self._base)
         if isinstance(base, dict):
             response.update(base)
-        response["model"] = self._asked.model if self._asked.renamed else response["model"]
+        response["model"] = self.asked.model if self.asked.renamed else response["model"]
         frames = b""
         sequence = self._next_sequence()
         if not self._events:
