@@ -54,7 +54,7 @@ class Watch:
     ) -> None:
         self._loop = loop
         self._unsent = unsent
-        self._scope = asyncio.timeout(None)
+        self._scope: asyncio.Timeout | None = asyncio.timeout(None)
         self._handle: asyncio.TimerHandle | None = None
         self._armed_at = _NEVER
         now = loop.time()
@@ -70,6 +70,8 @@ class Watch:
 
     async def __aenter__(self) -> Self:
         """Begin: the current task is the one to interrupt."""
+        if self._scope is None:
+            raise RuntimeError("a watch is entered once")
         await self._scope.__aenter__()
         self._arm()
         return self
@@ -85,8 +87,11 @@ class Watch:
             self._handle.cancel()
             self._handle = None
         self._beat = None
+        # The scope knows the task, which knows all of this: a cycle to collect per request.
+        scope, self._scope = self._scope, None
         try:
-            await self._scope.__aexit__(kind, error, trace)
+            if scope is not None:
+                await scope.__aexit__(kind, error, trace)
         except TimeoutError:
             if self.reason is None or not isinstance(error, asyncio.CancelledError):
                 raise
@@ -122,7 +127,7 @@ class Watch:
 
     def interrupt(self, reason: Reason) -> None:
         """Interrupt the task, from outside of it. The first reason stands."""
-        if self.reason is None:
+        if self.reason is None and self._scope is not None:
             self.reason = reason
             self._scope.reschedule(self._loop.time())
 
