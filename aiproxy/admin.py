@@ -5,37 +5,72 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from aiohttp import web
-
+from aiproxy import errors, headers
+from aiproxy.errors import ProxyError
+from aiproxy.listener import Reply, check_head
 from aiproxy.metrics import CONTENT_TYPE
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aiohttp.web_request import BaseRequest
+
     from aiproxy.metrics import Metrics
     from aiproxy.proxy import Proxy
 
+_TEXT = "text/plain; charset=utf-8"
 
-def application(metrics: Metrics, proxy: Proxy) -> web.Application:
-    """The admin listener's paths."""
 
-    async def scrape(_request: web.Request) -> web.Response:
+class Admin:
+    """Answers the requests of the admin listener, which are no exchanges: they are not counted."""
+
+    def __init__(self, metrics: Metrics, proxy: Proxy) -> None:
+        self._metrics = metrics
+        self._proxy = proxy
+        self._paths: dict[str, Callable[[], Awaitable[tuple[int, str, bytes]]]] = {
+            "/metrics": self._scrape,
+            "/-/healthy": self._healthy,
+            "/-/ready": self._ready,
+        }
+
+    async def __call__(self, request: BaseRequest) -> Reply:
+        """Answer one request."""
+        reply = Reply(request)
+        try:
+            status, content_type, body = await self._find(request)()
+            extra: tuple[tuple[str, str], ...] = ()
+        except ProxyError as error:
+            status, content_type, body = error.status, "application/json", error.render("openai")
+            extra = error.headers
+        reply.send(
+            status,
+            [
+                (headers.REQUEST_ID, headers.new_request_id()),
+                ("Content-Type", content_type),
+                *extra,
+            ],
+            body,
+        )
+        return reply
+
+    def _find(self, request: BaseRequest) -> Callable[[], Awaitable[tuple[int, str, bytes]]]:
+        path = check_head(request)
+        answer = self._paths.get(path)
+        if answer is None:
+            raise errors.unknown_url(request.method, path)
+        if request.method not in ("GET", "HEAD"):
+            raise errors.method_not_allowed(request.method, "GET, HEAD")
+        return answer
+
+    async def _scrape(self) -> tuple[int, str, bytes]:
         # In a thread: with many series this takes longer than the event loop may stop.
-        text = await asyncio.get_running_loop().run_in_executor(None, metrics.exposition)
-        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
+        loop = asyncio.get_running_loop()
+        return 200, CONTENT_TYPE, await loop.run_in_executor(None, self._metrics.exposition)
 
-    async def healthy(_request: web.Request) -> web.Response:
-        return web.Response(text="ok\n")
+    async def _healthy(self) -> tuple[int, str, bytes]:
+        return 200, _TEXT, b"ok\n"
 
-    async def ready(_request: web.Request) -> web.Response:
-        if proxy.draining:
-            return web.Response(status=503, text="draining\n")
-        return web.Response(text="ready\n")
-
-    async def without_server(_request: web.Request, response: web.StreamResponse) -> None:
-        response.headers.pop("Server", None)
-
-    app = web.Application()
-    app.router.add_get("/metrics", scrape)
-    app.router.add_get("/-/healthy", healthy)
-    app.router.add_get("/-/ready", ready)
-    app.on_response_prepare.append(without_server)
-    return app
+    async def _ready(self) -> tuple[int, str, bytes]:
+        if self._proxy.draining:
+            return 503, _TEXT, b"draining\n"
+        return 200, _TEXT, b"ready\n"

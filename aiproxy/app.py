@@ -17,6 +17,7 @@ from aiproxy.dialects.chat import Chat, Embeddings
 from aiproxy.dialects.messages import Messages
 from aiproxy.dialects.responses import Responses
 from aiproxy.listener import check_head
+from aiproxy.proxy import shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from aiproxy.call import Call
     from aiproxy.dialects import Dialect
-    from aiproxy.errors import Outcome, Shape
+    from aiproxy.errors import Outcome
     from aiproxy.exchange import Endpoint
     from aiproxy.listener import Reply
     from aiproxy.proxy import Proxy
@@ -56,7 +57,7 @@ class App:
             path = check_head(request)
         except errors.ProxyError as error:
             return self._proxy.refuse(request, error)
-        shape: Shape = "anthropic" if _within(path, "/v1/messages") else "openai"
+        shape = shape_of(path)
         endpoint, act = self._find(request, path)
         return await self._proxy.serve(request, endpoint, shape, act)
 
@@ -114,10 +115,6 @@ class App:
             raise errors.model_not_found(name)
         call.send_json(200, msgspec.json.encode(_model_object(name)))
         return "completed"
-
-
-def _within(path: str, prefix: str) -> bool:
-    return path == prefix or path.startswith(f"{prefix}/")
 
 
 def _model_object(name: str) -> dict[str, object]:

@@ -8,6 +8,7 @@ import zlib
 from typing import TYPE_CHECKING, Protocol
 
 import brotli  # type: ignore[import-untyped]
+from aiohttp.http import HttpVersion11
 from aiohttp.web_protocol import RequestPayloadError
 
 from aiproxy import errors
@@ -70,7 +71,7 @@ async def receive(request: BaseRequest, hold: Hold, limit: int) -> bytes:
     Raises:
         ProxyError: too large, not decodable, an unknown encoding, broken framing, no memory.
     """
-    encoding = request.headers.get("Content-Encoding", "").strip().lower()
+    encoding = ",".join(request.headers.getall("Content-Encoding", [])).strip().lower()
     if encoding not in ENCODINGS and encoding not in ("", "identity"):
         raise errors.unsupported_content_encoding(encoding)
     expect = request.headers.get("Expect")
@@ -79,7 +80,8 @@ async def receive(request: BaseRequest, hold: Hold, limit: int) -> bytes:
     declared = request.content_length
     if declared is not None and declared > limit:
         raise errors.request_too_large(limit)
-    if expect is not None and request.transport is not None and not request.content.is_eof():
+    waits = expect is not None and request.version >= HttpVersion11  # RFC 9110 section 10.1.1
+    if waits and request.transport is not None and not request.content.is_eof():
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     chunks: list[bytes] = []
     size = 0

@@ -8,7 +8,6 @@ just before. There is no second place that does any of these.
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from typing import TYPE_CHECKING
 
@@ -32,17 +31,6 @@ if TYPE_CHECKING:
     from aiproxy.usage import Pace, Reason, Usage
 
 CLIENT_LEFT = 499  # what the log says of a client that left first, as nginx does
-
-_IDS_AT_ONCE = 64
-_id_block: list[str] = []
-
-
-def new_request_id() -> str:
-    """A fresh id. Randomness is drawn in blocks: a system call for each is felt."""
-    if not _id_block:
-        block = secrets.token_hex(16 * _IDS_AT_ONCE)
-        _id_block.extend(block[i : i + 32] for i in range(0, len(block), 32))
-    return f"req_{_id_block.pop()}"
 
 
 class Call:
@@ -74,7 +62,7 @@ class Call:
         self.snapshot = snapshot
         self.reply = Reply(request)
         self.exchange = Exchange(
-            request_id=given or new_request_id(),
+            request_id=given or headers.new_request_id(),
             endpoint=endpoint,
             recorder=recorder,
             clock=time.monotonic,
@@ -130,6 +118,8 @@ class Call:
     def beat(self) -> None:
         """A comment, after silence; never within an event, nor to a client that is behind."""
         if self.reply.gone or self.reply.ended or self.reply.blocked or self.holding_event:
+            return
+        if self.stream is not None and self.stream.over:
             return
         if not self.reply.started:
             self.start_stream()

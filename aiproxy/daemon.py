@@ -7,15 +7,16 @@ import gc
 import signal
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import uvloop
 from aiohttp import web
 
 import aiproxy
-from aiproxy import admin
+from aiproxy.admin import Admin
 from aiproxy.app import App
-from aiproxy.listener import Listener, require_c_parser
+from aiproxy.listener import Handler, Listener, require_c_parser
 from aiproxy.logs import Log, standard_error
 from aiproxy.metrics import Metrics
 from aiproxy.proxy import Proxy
@@ -81,6 +82,7 @@ class Daemon:
         self._sites: list[web.BaseSite] = []
         self._admin_site: web.BaseSite | None = None  # stays up through the drain
         self._lag_timer: asyncio.TimerHandle | None = None
+        self._ended = False
         self._hurry = asyncio.Event()  # binds to no loop before it is awaited
 
     async def start(self) -> None:
@@ -93,18 +95,8 @@ class Daemon:
         self._snapshot = Snapshot(config)
         recorders = _Recorders(self._metrics, self._log)
         self._proxy = Proxy(self._snapshot, recorders, self._log.process)
-        listener = Listener(
-            App(self._proxy),
-            self._proxy.refuse,
-            max_connections=config.max_connections,
-            client_header=config.timeouts.client_header,
-            client_write=config.timeouts.client_write,
-            keepalive=config.client_keepalive,
-        )
-        clients = web.ServerRunner(listener, shutdown_timeout=1.0)
-        operators = web.AppRunner(
-            admin.application(self._metrics, self._proxy), access_log=None, shutdown_timeout=1.0
-        )
+        clients = web.ServerRunner(self._listener(App(self._proxy)))
+        operators = web.ServerRunner(self._listener(Admin(self._metrics, self._proxy)))
         try:
             self.admin_port = await self._listen(operators, config.admin)
             self._admin_site = self._sites[-1]
@@ -117,8 +109,8 @@ class Daemon:
         self.log.info(
             "started",
             version=aiproxy.__version__,
-            listen=str(config.listen),
-            admin=str(config.admin),
+            listen=str(self._bound(config.listen, self.listen_port)),
+            admin=str(self._bound(config.admin, self.admin_port)),
             upstreams=len(config.upstreams),
             routes=len(config.routes),
             keys=len(config.keys),
@@ -132,6 +124,23 @@ class Daemon:
     def close_log(self) -> None:
         """Write what waits; for an end that no drain precedes."""
         self._log.close()
+
+    @staticmethod
+    def _bound(address: Address, port: int) -> Address:
+        """The address with the port that the kernel chose for port 0."""
+        return replace(address, port=port)
+
+    def _listener(self, handler: Handler) -> Listener:
+        config = self._config
+        return Listener(
+            handler,
+            self._proxy.refuse,
+            self._proxy.turn_away,
+            max_connections=config.max_connections,
+            client_header=config.timeouts.client_header,
+            client_write=config.timeouts.client_write,
+            keepalive=config.client_keepalive,
+        )
 
     async def _listen(self, runner: web.BaseRunner, address: Address) -> int:
         await runner.setup()
@@ -160,6 +169,9 @@ class Daemon:
         Serve for `drain.delay`, stop accepting, let requests finish until `drain.timeout`, then cut
         them with a terminal event.
         """
+        if self._ended:
+            return
+        self._ended = True
         config, proxy = self._config.drain, self._proxy
         before = set(proxy.live)
         proxy.draining = True
@@ -234,6 +246,8 @@ class Daemon:
         gc.set_threshold(*GC_THRESHOLDS)
         await asked_to_end.wait()
         await self.drain()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
 
 
 def serve(config: Config, warnings: Sequence[str]) -> int:

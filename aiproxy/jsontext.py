@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 MAX_DEPTH = 256
 
@@ -48,47 +48,48 @@ def depth_exceeds(document: bytes, limit: int = MAX_DEPTH) -> bool:
     return depth > limit
 
 
-def members(document: bytes) -> list[tuple[bytes, int, int]]:  # noqa: C901 - one small machine
+def _parts(document: bytes) -> Iterator[tuple[bytes | None, int, int]]:  # noqa: C901 - a machine
+    """Of each value at the first level: its key as written (None in an array), start and end."""
+    depth = 0
+    in_object = False
+    key: bytes | None = None
+    start = end = -1
+    for token in _TOKEN.finditer(document):
+        first = document[token.start()]
+        if first in b"{[":
+            depth += 1
+            if depth == 1:
+                in_object = first in b"{"
+            elif depth == 2:  # noqa: PLR2004 - the first level's values begin at the second
+                start = token.start()
+        elif first in b"}]":
+            depth -= 1
+            if depth == 1:
+                end = token.end()
+            elif depth == 0 and start >= 0:
+                yield key, start, end
+        elif depth != 1 or first in b":":
+            continue
+        elif first in b",":
+            yield key, start, end
+            key, start = None, -1
+        elif in_object and key is None:
+            key = token.group()
+        else:
+            start, end = token.span()
+
+
+def members(document: bytes) -> list[tuple[bytes, int, int]]:
     """The members of an object: the key as written (with its quotes), start and end of the value.
 
     The document is known to be valid JSON; anything else than an object has no members.
     """
-    found: list[tuple[bytes, int, int]] = []
-    depth = 0
-    key = b""
-    start = end = -1
-    wants_key = False
-    for token in _TOKEN.finditer(document):
-        first = document[token.start()]
-        if first in b"{[":
-            if depth == 0 and first in b"[":
-                return []
-            if depth == 1 and start < 0:
-                start = token.start()
-            depth += 1
-            wants_key = depth == 1
-            continue
-        if first in b"}]":
-            depth -= 1
-            if depth == 0:
-                if start >= 0:
-                    found.append((key, start, end))
-                return found
-            end = token.end()
-            continue
-        if depth != 1:
-            continue
-        if first in b",":
-            found.append((key, start, end))
-            start = -1
-            wants_key = True
-        elif first in b":":
-            wants_key = False
-        elif wants_key:
-            key = token.group()
-        else:
-            start, end = token.span()
-    return found
+    return [(key, start, end) for key, start, end in _parts(document) if key is not None]
+
+
+def elements(document: bytes) -> list[tuple[int, int]]:
+    """Start and end of the elements of an array, in a document that is known to be valid JSON."""
+    return [(start, end) for key, start, end in _parts(document) if key is None]
 
 
 def key_text(key: bytes) -> str:

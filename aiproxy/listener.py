@@ -12,7 +12,7 @@ import socket
 import struct
 import termios
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from aiohttp import http_parser, web
 from aiohttp.helpers import rfc822_formatted_time
@@ -96,7 +96,8 @@ class Reply:
     def _head(self, status: int, headers: Iterable[tuple[str, str]], length: int | None) -> bytes:
         http11 = self._request.version >= HttpVersion11
         lines = [
-            f"HTTP/1.{int(http11)} {status} {_PHRASES.get(status, 'Unknown')}",
+            # Our own version, whatever the request's was (RFC 9110 section 6.2).
+            f"HTTP/1.1 {status} {_PHRASES.get(status, 'Unknown')}",
             *(f"{name}: {value}" for name, value in headers),
             f"Date: {rfc822_formatted_time()}",
         ]
@@ -189,12 +190,16 @@ class Reply:
         """All is written already."""
 
 
+Handler: TypeAlias = "Callable[[BaseRequest], Awaitable[Reply]]"
+
+
 class Listener(web.Server):
     """aiohttp's server with bounds on connections and time, and cancellation of what is left.
 
     Args:
         handler: answers a request.
         refuse: answers with an error what could not be parsed as a request.
+        turn_away: records a connection that is not served, and gives it a request id.
         max_connections: connections over this are answered 503 and closed.
         client_header: seconds from the first byte of a request (from the connection's start for
             its first one) to the end of its head; 0 for none.
@@ -204,8 +209,9 @@ class Listener(web.Server):
 
     def __init__(
         self,
-        handler: Callable[[BaseRequest], Awaitable[Reply]],
+        handler: Handler,
         refuse: Callable[[BaseRequest, ProxyError], Reply],
+        turn_away: Callable[[ProxyError], str],
         *,
         max_connections: int,
         client_header: float,
@@ -217,6 +223,7 @@ class Listener(web.Server):
             handler_cancellation=True,
         )
         self.refuse = refuse
+        self.turn_away = turn_away
         self.max_connections = max_connections
         self.client_header = client_header
         self.client_write = client_write
@@ -254,7 +261,7 @@ class Connection(RequestHandler):
         client = cast("asyncio.Transport", transport)
         if self._listener.count >= self._listener.max_connections:
             error = errors.overloaded("too many connections")
-            client.write(_plain(error))
+            client.write(_plain(error, self._listener.turn_away(error)))
             self._force_close = True  # whatever it sends is not read
             super().connection_made(transport)
             client.close()
@@ -316,9 +323,12 @@ class Connection(RequestHandler):
     ) -> web.StreamResponse:
         """What the parser refused, in the error shape of the API."""
         del message
-        if status != HTTPStatus.BAD_REQUEST:  # a handler raised: its own error path is at fault
+        if status == HTTPStatus.BAD_REQUEST:
+            error = _malformed(exc)
+        else:  # a handler raised: its own error path is at fault
             self.logger.error("unhandled error of a handler", exc_info=exc)
-        return cast("web.StreamResponse", self._listener.refuse(request, _malformed(exc)))
+            error = errors.internal_error("none")
+        return cast("web.StreamResponse", self._listener.refuse(request, error))
 
 
 def _malformed(exc: BaseException | None) -> ProxyError:
@@ -329,11 +339,12 @@ def _malformed(exc: BaseException | None) -> ProxyError:
     return errors.invalid_http("The request is not well-formed HTTP/1.1.")
 
 
-def _plain(error: ProxyError) -> bytes:
+def _plain(error: ProxyError, request_id: str) -> bytes:
     """An answer to a connection that is not served at all."""
     body = error.render("openai")
     lines = [
         f"HTTP/1.1 {error.status} {_PHRASES[error.status]}",
+        f"x-request-id: {request_id}",
         "Content-Type: application/json",
         *(f"{name}: {value}" for name, value in error.headers),
         f"Content-Length: {len(body)}",

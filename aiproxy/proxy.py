@@ -11,11 +11,12 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from aiproxy import auth, errors, routes
+from aiproxy import auth, errors, headers, routes
 from aiproxy.body import Buffered, receive
 from aiproxy.call import Call
 from aiproxy.envelope import Envelope
 from aiproxy.errors import ProxyError
+from aiproxy.exchange import Exchange
 from aiproxy.relay import Relay
 from aiproxy.upstream import Ask
 from aiproxy.usage import Pace
@@ -88,9 +89,23 @@ class Proxy:
 
     def refuse(self, request: BaseRequest, error: ProxyError) -> Reply:
         """Answer what was not even a request."""
-        call = self._begin(request, "none", "openai")
+        call = self._begin(request, "none", shape_of(request.raw_path.partition("?")[0]))
         self._end(call, call.fail(error))
         return call.reply
+
+    def turn_away(self, error: ProxyError) -> str:
+        """Record a connection that is not served; the request id that it is told."""
+        exchange = Exchange(
+            request_id=headers.new_request_id(),
+            endpoint="none",
+            recorder=self._recorder,
+            clock=time.monotonic,
+            started=time.monotonic(),
+            status=error.status,
+            error_code=error.code or "",
+        )
+        exchange.finish(error.outcome)
+        return exchange.request_id
 
     def _begin(self, request: BaseRequest, endpoint: Endpoint, shape: Shape) -> Call:
         call = Call(
@@ -200,6 +215,12 @@ class Proxy:
         await Relay(call, stream).run(answer, idle)
         call.reply.end()
         return stream.outcome
+
+
+def shape_of(path: str) -> Shape:
+    """The shape of errors on a path."""
+    messages = path == "/v1/messages" or path.startswith("/v1/messages/")
+    return "anthropic" if messages else "openai"
 
 
 def _check_output(route: Route, asked: Asked) -> None:

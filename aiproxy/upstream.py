@@ -8,18 +8,19 @@ client's prompt, or our credential, to somewhere the configuration does not name
 from __future__ import annotations
 
 import asyncio
+import io
 import ssl
 import time
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
 import aiohttp
-import msgspec
 from aiohttp import http_exceptions
 from aiohttp.resolver import ThreadedResolver
 from yarl import URL
 
 from aiproxy import errors, headers
+from aiproxy.upstream_errors import classify, passed_on
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 MAX_ANSWER = 64 * 1024 * 1024  # bytes of a JSON answer
 MAX_REFUSAL = 64 * 1024  # bytes of an error body
+LARGE = 1024 * 1024  # bytes of a request body
 MAX_FIELD = 32 * 1024  # bytes of an answer's header field
 ANTHROPIC_VERSION = "2023-06-01"  # where the client names none (API reference, "Versions")
 
@@ -132,7 +134,9 @@ class Client:
         self, url: URL, body: bytes, sent: list[tuple[str, str]]
     ) -> aiohttp.ClientResponse:
         """One POST, one attempt."""
-        return await self._session.post(url, data=body, headers=sent, allow_redirects=False)
+        # As a file a large body is written piece by piece, as the upstream takes it.
+        data = body if len(body) <= LARGE else io.BytesIO(body)
+        return await self._session.post(url, data=data, headers=sent, allow_redirects=False)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -227,7 +231,7 @@ class Ask:
             elif reason in ("first_byte", "idle", "total"):
                 self._result = "timeout"
         elif error is not None and self._result is None:
-            self._result, _ = _classify(error)
+            self._result, _ = classify(error)
         if self._result is not None or self._response is not None:
             self._exchange.results.append(self._result or "ok")
         response = self._response
@@ -266,7 +270,7 @@ class Ask:
         try:
             return await self._response.content.readany()
         except (aiohttp.ClientError, http_exceptions.HttpProcessingError, OSError) as error:
-            self._result, named = _classify(error)
+            self._result, named = classify(error)
             raise named from None
 
     def rest(self) -> bytes:
@@ -303,7 +307,7 @@ class Ask:
         return errors.upstream_error(what)
 
     def _named(self, error: BaseException) -> ProxyError:
-        return _classify(error)[1]
+        return classify(error)[1]
 
     async def _refuse(self, response: aiohttp.ClientResponse) -> NoReturn:
         """Raise what the client is told of an answer that is no success."""
@@ -327,71 +331,4 @@ class Ask:
         except errors.ProxyError:
             self._result = "status_429" if status == 429 else "status_4xx"  # noqa: PLR2004
             body = b""
-        raise _passed_on(status, body, back, self._shape)
-
-
-def _passed_on(
-    status: int, body: bytes, back: tuple[tuple[str, str], ...], shape: Shape
-) -> ProxyError:
-    """An upstream's own refusal: its body as it is where it has our shape, else its message."""
-    kind = "requests" if status == 429 else errors.INVALID  # noqa: PLR2004
-    error = errors.ProxyError(
-        status,
-        kind,
-        None,
-        f"The upstream refused the request with status {status}.",
-        headers=back,
-        outcome="upstream_rejected",
-    )
-    try:
-        document: Any = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError):
-        return error
-    inner = document.get("error") if isinstance(document, dict) else None
-    if isinstance(inner, dict) and isinstance(inner.get("message"), str):
-        if _has_shape(document, inner, shape):
-            error.body = body
-        error.message = inner["message"]
-        error.kind = inner["type"] if isinstance(inner.get("type"), str) else kind
-        error.param = inner["param"] if isinstance(inner.get("param"), str) else None
-        code = inner.get("code")
-        error.code = None if code is None else str(code)
-    elif isinstance(document, dict) and isinstance(document.get("detail"), str):
-        error.message = document["detail"]  # FastAPI's
-    return error
-
-
-def _has_shape(document: dict[str, Any], inner: dict[str, Any], shape: Shape) -> bool:
-    if shape == "anthropic":
-        return document.get("type") == "error" and isinstance(inner.get("type"), str)
-    return (
-        isinstance(inner.get("type"), str)
-        and all(name in inner for name in ("param", "code"))
-        and all(isinstance(inner[name], (str, type(None))) for name in ("param", "code"))
-    )
-
-
-def _classify(error: BaseException) -> tuple[AttemptResult, ProxyError]:
-    """The result of an attempt, and what the client is told. No address, no detail of ours."""
-    if isinstance(error, errors.ProxyError):
-        return "protocol", error
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return "connect", errors.upstream_error("The upstream's name could not be resolved.")
-    if isinstance(
-        error, (aiohttp.ClientConnectorCertificateError, aiohttp.ClientSSLError, ssl.SSLError)
-    ):
-        return "connect", errors.upstream_error("The upstream's TLS certificate was refused.")
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return "connect", errors.upstream_error("The upstream could not be connected to.")
-    if isinstance(error, (aiohttp.ClientResponseError, http_exceptions.HttpProcessingError)):
-        return "protocol", errors.upstream_error("The upstream's answer is not well-formed HTTP.")
-    if isinstance(error, aiohttp.ClientPayloadError):
-        cause = error.__cause__
-        framing = isinstance(
-            cause,
-            (http_exceptions.TransferEncodingError, http_exceptions.ContentLengthError),
-        )
-        if cause is None or framing:
-            return "reset", errors.upstream_error("The upstream's answer broke off.")
-        return "protocol", errors.upstream_error("The upstream's answer does not decode.")
-    return "reset", errors.upstream_error("The upstream closed the connection.")
+        raise passed_on(status, body, back, self._shape)

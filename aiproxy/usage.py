@@ -41,18 +41,18 @@ def _count(value: object) -> int | None:
     return None
 
 
-def _details(usage: dict[str, Any], group: str, name: str) -> int:
+def _details(usage: dict[str, Any], group: str, name: str) -> object:
+    """A count among the details, which may be missing: then it is 0."""
     details = usage.get(group)
-    count = _count(details.get(name)) if isinstance(details, dict) else None
-    return count or 0
+    return _optional(details, name) if isinstance(details, dict) else 0
 
 
-def _build(prompt: object, cached: int, generated: object, reasoning: int) -> Usage | None:
-    given, made = _count(prompt), _count(generated)
-    if given is None or made is None:
+def _build(prompt: object, cached: object, generated: object, reasoning: object) -> Usage | None:
+    given, made, read, thought = map(_count, (prompt, generated, cached, reasoning))
+    if given is None or made is None or read is None or thought is None:
         return None
-    cached, reasoning = min(cached, given), min(reasoning, made)
-    return Usage(given - cached, cached, made - reasoning, reasoning)
+    read, thought = min(read, given), min(thought, made)
+    return Usage(given - read, read, made - thought, thought)
 
 
 def from_responses(usage: object) -> Usage | None:
@@ -83,15 +83,23 @@ def from_messages(usage: object) -> Usage | None:
     """`usage` of a message: `input_tokens` is what neither read from nor wrote to the cache."""
     if not isinstance(usage, dict):
         return None
-    counts = [
-        _count(usage.get(name) or 0)
-        for name in ("cache_creation_input_tokens", "cache_read_input_tokens")
-    ]
-    given, made = _count(usage.get("input_tokens")), _count(usage.get("output_tokens"))
-    written, cached = counts
-    if given is None or made is None or written is None or cached is None:
+    given = _count(usage.get("input_tokens"))
+    written = _count(_optional(usage, "cache_creation_input_tokens"))
+    cached = _count(_optional(usage, "cache_read_input_tokens"))
+    if given is None or written is None or cached is None:
         return None
-    return Usage(given + written, cached, made, 0)
+    return _build(
+        given + written + cached,
+        cached,
+        usage.get("output_tokens"),
+        _details(usage, "output_tokens_details", "thinking_tokens"),
+    )
+
+
+def _optional(usage: dict[str, Any], name: str) -> object:
+    """A count that may be missing: then it is 0."""
+    count = usage.get(name)
+    return 0 if count is None else count
 
 
 def estimate_input(size: int) -> int:

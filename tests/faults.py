@@ -4,8 +4,11 @@ import asyncio
 import itertools
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from openai.types.responses import ResponseStreamEvent
+from pydantic import TypeAdapter
 
 from answers import (
     TEXT,
@@ -19,8 +22,6 @@ from answers import (
 )
 from client import Answer, RawClient, parse_sse
 from invariants import TOKEN_FIELDS, Baseline, check_secrets, eventually, take_baseline
-from openai.types.responses import ResponseStreamEvent
-from pydantic import TypeAdapter
 from responses import responses_events, responses_json
 from rig import Proxy, parse_metrics, prompt, totals
 from steps import Step
@@ -40,6 +41,7 @@ PATHS: dict[Api, str] = {
     "embeddings": "/v1/embeddings",
 }
 STREAMED: tuple[Api, ...] = ("responses", "chat", "messages")
+FIRST_DELTA: dict[Api, int] = {"responses": 5, "chat": 2, "messages": 4}  # events up to it
 HEARTBEAT = b": keepalive\n\n"
 CLOSED_CODES = {"server_error", "rate_limit_exceeded", "invalid_prompt"}
 TYPES = {429: "rate_limit_error", 503: "overloaded_error"}  # of Anthropic; else api_error
@@ -168,7 +170,7 @@ def check_failure(api: Api, prefix: bytes, body: bytes, code: str) -> list[dict[
     """
     assert body.startswith(prefix), "the bytes so far are not the upstream's"
     tail = parse_sse(body[len(prefix) :])
-    assert body.endswith(b"\n\n")
+    assert body.endswith(b"\n\n"), body[-300:]
     facts: list[dict[str, Any]] = [json.loads(data) for _, data in tail]
     last = facts[-1]
     if api == "messages":
@@ -240,8 +242,6 @@ def check_charge(
     """
     counts = {kind: line[name] for kind, name in TOKEN_FIELDS.items()}
     if charge == "usage":
-        if line["endpoint"] == "messages":  # which do not count their reasoning apart
-            usage = replace(usage, reasoning=0)
         assert (counts, line["estimated"]) == (usage.disjoint(), False)
         return
     if charge == "nothing":

@@ -19,6 +19,7 @@ from aiproxy import demo
 from aiproxy.demo_upstream import SampleUpstream
 from client import RawClient, parse_sse
 from conftest import BlockingCalls
+from invariants import check_terminal
 
 STRICT = TypeAdapter[Any](ResponseStreamEvent)
 CREDENTIAL = "sk-sample-test"
@@ -124,21 +125,20 @@ async def test_a_signal_ends_it_anywhere(start: Start, number: int) -> None:
         out, err = await process.communicate()
     assert (process.returncode, err) == (0, b"")
     assert out.endswith(b"\n\nEnded.\n")
-    assert b"Metrics" not in out
 
 
 async def test_it_ends_with_a_client_in_mid_stream(start: Start) -> None:
     """A stream that is open at Ctrl-C gets its terminal event, and the exit code is still 0."""
     process = await start()
     found = await read_until(process, r"^curl -N http://127.0.0.1:(\d+)\S+ -H '[^:]*: ([^']*)'")
-    words = b'{"model": "demo", "input": "%b", "stream": true}' % (b"a" * 40)
+    asked = b'{"model": "demo", "input": "%b", "stream": true}' % (b"a " * 30)
     async with await RawClient.connect(int(found[1])) as client:
-        await client.request("POST", "/v1/responses", {"authorization": found[2]}, words)
+        await client.request("POST", "/v1/responses", {"authorization": found[2]}, asked)
         await client.read_head()
         stream = await client.read_until(b"output_text.delta")
         process.send_signal(signal.SIGINT)
         stream += await client.read_body()
-    assert parse_sse(stream)[-1][0] == "response.failed"
+    check_terminal(stream, completed=True)
     async with asyncio.timeout(10):
         await process.communicate()
     assert process.returncode == 0

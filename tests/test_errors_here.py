@@ -13,7 +13,7 @@ from aiproxy.dialects.responses import Responses, ResponsesStream
 from client import RawClient
 from invariants import check_invariants
 from refusals import SERVER, Refusal, assert_closes
-from rig import PROMPT_CANARY, Proxy, prompt
+from rig import PROMPT_CANARY, Proxy, config_text, prompt
 from upstream import ScriptedUpstream, Stall, Wait, json_answer
 
 Serve = Callable[..., Awaitable[Proxy]]
@@ -37,6 +37,7 @@ def fail(*_args: object) -> Any:
 @pytest.mark.parametrize(("path", "dialect"), [(R, Responses), (M, Messages)])
 @pytest.mark.parametrize("method", ["request", "answer"])
 async def test_a_bug(
+    *,
     path: str,
     dialect: type,
     method: str,
@@ -123,7 +124,7 @@ async def test_a_body_that_trickles(serve: Serve) -> None:
 
 
 async def test_too_many_connections(serve: Serve, upstream: ScriptedUpstream) -> None:
-    """One connection more than `max_connections` is 503 and closed; a place that is freed counts."""
+    """One connection more than `max_connections` is 503 and closed; a freed place counts."""
     proxy = await serve(max_connections=2)
     kept = [await proxy.client() for _ in range(2)]
     for client in kept:
@@ -226,9 +227,10 @@ async def test_the_memory_of_a_request_that_waits_for_its_stream(
     assert b"response.completed" in await client.read_body()
 
 
-async def test_the_drain(serve: Serve, upstream: ScriptedUpstream) -> None:
+async def test_the_drain(upstream: ScriptedUpstream) -> None:
     """After `drain.delay` a request on an open connection is 503, in the shape, and the close."""
-    proxy = await serve(drain={"delay": "0s", "timeout": "5s"})
+    # Not by the fixture, which would end it a second time.
+    proxy = await Proxy.start(config_text(upstream.url, drain={"delay": "0s", "timeout": "5s"}))
     go = asyncio.Event()
     upstream.script(Wait(go), json_answer({"object": "response", "output": []}))
     running = await proxy.send()
@@ -249,3 +251,4 @@ async def test_the_drain(serve: Serve, upstream: ScriptedUpstream) -> None:
     go.set()
     assert (await running.answer()).status == 200
     await drain
+    await proxy.close_clients()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from invariants import check_conservation
 from refusals import SERVER, Refusal, assert_stays
 from rig import Proxy, prompt
 from steps import Step
@@ -128,7 +129,7 @@ async def test_an_answer_that_is_no_stream(
 ) -> None:
     """A stream that was asked for and answered with anything else is 502 before it starts."""
     proxy = await serve()
-    scripts = (
+    scripts: tuple[list[Step], ...] = (
         json_answer({"object": "response", "output": []}),
         [Headers(200, HTML), Send(b"<p/>")],
         [Headers(204)],
@@ -259,6 +260,52 @@ async def test_an_openai_refusal_on_messages(
     assert answer.json() == {"type": "error", "error": {"type": kind, "message": "m"}}
 
 
+BAD_UTF_8 = {
+    R: [b'{"output":[],"status":"\xff"}', b'{"output":[],"usage":{"\xff":1}}'],
+    C: [b'{"choices":[{"finish_reason":"\xff"}]}', b'{"choices":[],"usage":"\xff"}'],
+    M: [b'{"content":[],"stop_reason":"\xff"}', b'{"content":[],"usage":"\xff"}'],
+    E: [b'{"data":[],"usage":{"a":"\xff"}}'],
+}
+
+
+@pytest.mark.parametrize("path", BAD_UTF_8)
+async def test_an_answer_of_no_utf_8(path: str, serve: Serve, upstream: ScriptedUpstream) -> None:
+    """Bytes of an upstream that are no UTF-8 are its failure, or its business; no bug of ours."""
+    proxy = await serve()
+    for body in BAD_UTF_8[path]:
+        upstream.script(json_answer(body))
+        answer = await proxy.post(path)
+        if answer.status == 200:
+            assert answer.body == body
+        else:
+            BROKEN.check(answer, anthropic=path == M, upstream="scripted")
+
+
+BAD_EVENTS = {
+    R: [
+        b'event: response.created\ndata: {"type":"response.created\xff","response":{}}\n\n',
+        b'data: {"type":"error","message":"\xff"}\n\n',
+        b'data: {"type":"response.completed","response":{"status":"completed","usage":"\xff"}}\n\n',
+    ],
+    C: [
+        b'data: {"error":"\xff"}\n\n',
+        b'data: {"choices":[{"finish_reason":"\xff"}]}\n\n',
+    ],
+    M: [b'event: message_start\ndata: {"type":"message_start","message":{"usage":"\xff"}}\n\n'],
+}
+
+
+@pytest.mark.parametrize("path", BAD_EVENTS)
+async def test_an_event_of_no_utf_8(path: str, serve: Serve, upstream: ScriptedUpstream) -> None:
+    """The same for the events of a stream: whatever they hold, it is no bug of ours."""
+    proxy = await serve()
+    for event in BAD_EVENTS[path]:
+        upstream.script(stream([event]))
+        answer = await proxy.post(path, prompt(path, stream=True))
+        assert answer.status == 200
+        assert b"Internal error" not in answer.body, event
+
+
 async def test_what_the_log_says_of_failures(serve: Serve, upstream: ScriptedUpstream) -> None:
     """The line of a request has the status that was sent, the outcome and the code."""
     proxy = await serve(**SOON)
@@ -266,7 +313,7 @@ async def test_what_the_log_says_of_failures(serve: Serve, upstream: ScriptedUps
     for script in scripts:
         upstream.script(script)
         await proxy.post()
-    await proxy.stop()
+    await check_conservation(proxy)
     facts = [(line["status"], line["outcome"], line["error_code"]) for line in proxy.request_logs()]
     assert facts[:4] == [
         (502, "upstream_error", "upstream_error"),

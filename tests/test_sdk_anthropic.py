@@ -169,7 +169,7 @@ async def test_headers_and_query(proxy: Proxy, upstream: ScriptedUpstream) -> No
     assert (plain.target, beta.target) == ("/v1/messages", "/v1/messages?beta=true")
     assert (beta.header("anthropic-beta") or "").split(",")[-1] == "some-beta-2026-01-01"
     for request in upstream.requests:
-        assert request.header("anthropic-version") == "2023-06-01"
+        assert request.header("anthropic-version") == client.default_headers["anthropic-version"]
         assert request.header("x-api-key") == CREDENTIAL
         assert request.header("authorization") is None
     assert last.json() == plain.json()

@@ -58,9 +58,7 @@ def frames_of(splitter: Splitter, chunks: list[bytes]) -> list[Frame]:
 def parsed(frames: list[Frame]) -> list[tuple[str, str]]:
     """The frames that carry an event, as `parse_sse` writes them."""
     found = [sse.parse(frame.raw) for frame in frames]
-    return [
-        (name.decode() or "message", data.decode()) for name, data in found if data is not None
-    ]
+    return [(name.decode() or "message", data.decode()) for name, data in found if data is not None]
 
 
 # Splitting

@@ -114,10 +114,10 @@ def test_details_may_be_missing(api: Api, group: str, name: str, details: object
 
 
 @pytest.mark.parametrize(("api", "group", "name"), DETAILS)
-@pytest.mark.parametrize("value", BAD, ids=repr)
-def test_a_bad_detail_is_not_believed(api: Api, group: str, name: str, value: object) -> None:
+def test_a_bad_detail_is_not_believed(api: Api, group: str, name: str) -> None:
     """A bad count among the details makes the usage bad too: the estimate stands."""
-    assert READERS[api](told(api, Told()) | {group: {name: value}}) is None
+    for value in BAD:
+        assert READERS[api](told(api, Told()) | {group: {name: value}}) is None, value
 
 
 @pytest.mark.parametrize("name", ["cache_creation_input_tokens", "cache_read_input_tokens"])
@@ -128,10 +128,11 @@ def test_a_bad_cache_count_of_messages(name: str, value: object) -> None:
 
 
 @pytest.mark.parametrize("name", ["cache_creation_input_tokens", "cache_read_input_tokens"])
-@pytest.mark.parametrize("value", [False, "", [], {}], ids=repr)
-def test_an_empty_cache_count_of_messages(name: str, value: object) -> None:
+def test_an_empty_cache_count_of_messages(name: str) -> None:
     """What is empty but not null is no count either."""
-    assert from_messages(told("messages", Told()) | {name: value}) is None
+    empty: list[object] = [False, "", [], {}]
+    for value in empty:
+        assert from_messages(told("messages", Told()) | {name: value}) is None, value
 
 
 @pytest.mark.parametrize(("api", "group", "name"), DETAILS)

@@ -206,7 +206,11 @@ async def test_who_leaves_pays(serve: Serve, upstream: ScriptedUpstream) -> None
     await client.read_until(b"response.output_item.done")
     await client.close()
     line = await line_of(proxy)
-    assert (line["outcome"], line["estimated"], line["status"]) == ("client_disconnected", True, 499)
+    assert (line["outcome"], line["estimated"], line["status"]) == (
+        "client_disconnected",
+        True,
+        499,
+    )
     assert line["output_tokens"] >= 100
     await check_tokens(proxy)
 

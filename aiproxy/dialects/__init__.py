@@ -169,11 +169,22 @@ def members_of(document: bytes | Raw | None) -> dict[str, Raw] | None:
         return _members.decode(document)
     except msgspec.ValidationError:
         return None
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, ValueError, RecursionError):  # ValueError: not UTF-8
         try:
             return {key: Raw(value) for key, value in jsontext.split(bytes(document)).items()}
         except (ValueError, RecursionError):
             return None
+
+
+_elements = msgspec.json.Decoder(list[Raw])
+
+
+def elements_of(document: bytes) -> list[Raw]:
+    """The elements of a JSON array, as written; the document is known to be valid."""
+    try:
+        return _elements.decode(document)
+    except (msgspec.DecodeError, RecursionError):
+        return [Raw(document[start:end]) for start, end in jsontext.elements(document)]
 
 
 def value_of(raw: Raw | None) -> Any:
@@ -182,7 +193,7 @@ def value_of(raw: Raw | None) -> Any:
         return None
     try:
         return msgspec.json.decode(raw)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, ValueError, RecursionError):  # ValueError: not UTF-8
         return None
 
 

@@ -18,6 +18,7 @@ from aiproxy.dialects import (
     Answer,
     Asked,
     Stream,
+    elements_of,
     many_lines,
     members_of,
     restore_model,
@@ -108,13 +109,16 @@ class Responses:
 
 def _refuse_references(given: bytes | None) -> None:
     """An item that only the upstream's shared account knows may be another client's."""
-    if given is None or b"item_reference" not in given:
+    if given is None or given[:1] != b"[":
         return
-    items = value_of(Raw(given))
-    if isinstance(items, list) and any(
-        isinstance(item, dict) and item.get("type") == "item_reference" for item in items
-    ):
-        raise errors.item_not_found()
+    for raw in elements_of(given):
+        item = members_of(raw)
+        if item is None:
+            continue
+        kind = value_of(item.get("type"))
+        # `type` may be left out (API reference, "Item reference"); a message then has a role.
+        if kind == "item_reference" or (kind is None and "role" not in item and "id" in item):
+            raise errors.item_not_found()
 
 
 def _usage(response: dict[str, Raw]) -> tuple[usage.Usage | None, usage.Reason | None]:
