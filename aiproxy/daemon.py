@@ -37,6 +37,7 @@ SWITCH_INTERVAL = 0.001  # seconds: a scrape in a thread may keep the event loop
 # A request makes a few hundred objects, nearly all freed by reference counting: with Python's own
 # thresholds the collector runs every few requests to find nothing.
 GC_THRESHOLDS = (10_000, 20, 20)
+SENT_PERIOD = 0.02  # seconds between looks at what slow clients have not taken yet
 LAST_WORDS = 5.0  # seconds for what was cut to send its terminal event
 
 
@@ -77,6 +78,7 @@ class Daemon:
         self.listen_port = 0
         self.admin_port = 0
         self._proxy: Proxy
+        self._clients: Listener
         self._snapshot: Snapshot
         self._runners: list[web.BaseRunner] = []
         self._sites: list[web.BaseSite] = []
@@ -95,7 +97,8 @@ class Daemon:
         self._snapshot = Snapshot(config)
         recorders = _Recorders(self._metrics, self._log)
         self._proxy = Proxy(self._snapshot, recorders, self._log.process)
-        clients = web.ServerRunner(self._listener(App(self._proxy)))
+        self._clients = self._listener(App(self._proxy))
+        clients = web.ServerRunner(self._clients)
         operators = web.ServerRunner(self._listener(Admin(self._metrics, self._proxy)))
         try:
             self.admin_port = await self._listen(operators, config.admin)
@@ -176,24 +179,34 @@ class Daemon:
         before = set(proxy.live)
         proxy.draining = True
         self.log.info("draining", in_flight=len(before))
-        await self._first(self._hurry.wait(), timeout=config.delay)
+        await self._first(self._hurry.wait(), deadline=self._now() + config.delay)
         before |= proxy.live
         proxy.refusing = True
         for site in self._sites:
             if site is not self._admin_site:
                 await site.stop()
-        if proxy.live:
-            proxy.idle.clear()
-            await self._first(self._hurry.wait(), proxy.idle.wait(), timeout=config.timeout or None)
+        deadline = self._now() + (config.timeout or float("inf"))
+        await self._until_idle(deadline)
+        await self._until_sent(deadline)
         cut = len(proxy.live)
-        if cut:
-            proxy.idle.clear()
-            for call in proxy.live:
-                call.watch.interrupt("shutting_down")
-            await self._first(proxy.idle.wait(), timeout=LAST_WORDS)
+        for call in proxy.live:
+            call.watch.interrupt("shutting_down")
+        self._hurry.clear()
+        await self._until_idle(self._now() + LAST_WORDS)
         drained = len(before) - cut
         self.log.info("drained %d, cut %d", drained, cut)
         await self._close()
+
+    async def _until_idle(self, deadline: float) -> None:
+        """Until no request is in flight, or `deadline`, or a second signal."""
+        if self._proxy.live:
+            self._proxy.idle.clear()
+            await self._first(self._hurry.wait(), self._proxy.idle.wait(), deadline=deadline)
+
+    async def _until_sent(self, deadline: float) -> None:
+        """Answers that are complete may still wait for slow clients to take their last bytes."""
+        while self._clients.unsent() and self._now() < deadline and not self._hurry.is_set():
+            await self._first(self._hurry.wait(), deadline=self._now() + SENT_PERIOD)
 
     def hurry(self) -> None:
         """The second signal: end at once, in order."""
@@ -205,8 +218,12 @@ class Daemon:
         await self.drain()
 
     @staticmethod
-    async def _first(*waits: Coroutine[object, object, object], timeout: float | None) -> None:  # noqa: ASYNC109 - it is a wait
-        """Until one of these, or `timeout` seconds."""
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
+    async def _first(self, *waits: Coroutine[object, object, object], deadline: float) -> None:
+        """Until one of these, or `deadline` on the loop's clock."""
+        timeout = None if deadline == float("inf") else max(0.0, deadline - self._now())
         tasks = [asyncio.ensure_future(wait) for wait in waits]
         await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:

@@ -55,7 +55,7 @@ class Exchange:
     upstream_request_id: str = ""
     waited: float = 0.0  # for the client's body
     asked: float = 0.0  # when the upstream request was made
-    answered: float = 0.0  # when the upstream's headers came
+    answered: float = 0.0  # when the head of a good answer came
     first_token: float = 0.0
     ended: float = 0.0
     usage: Usage | None = None

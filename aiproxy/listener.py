@@ -142,6 +142,9 @@ class Reply:
         """Drop the connection with all that waits to be sent."""
         self.abandon()
         if (transport := self._request.transport) is not None:
+            sock = transport.get_extra_info("socket")
+            if sock is not None:  # else the kernel would keep what waits, and try for minutes
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             transport.abort()
 
     @property
@@ -229,6 +232,14 @@ class Listener(web.Server):
         self.client_write = client_write
         self.keepalive = keepalive
         self.count = 0
+
+    def unsent(self) -> int:
+        """Bytes that wait in this process for clients to take them."""
+        return sum(
+            connection.transport.get_write_buffer_size()
+            for connection in self.connections
+            if connection.transport is not None
+        )
 
     def __call__(self) -> RequestHandler:
         """A protocol for a new connection."""

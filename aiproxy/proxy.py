@@ -179,6 +179,7 @@ class Proxy:
         _check_output(route, asked)
         call.max_output = route.max_output_tokens
         target = routes.targets(route, dialect.api)[0]
+        call.watch.bound(target.upstream.timeouts.total)
         call.exchange.upstream = target.upstream.name
         return target
 
@@ -198,6 +199,7 @@ class Proxy:
     async def _relay_json(self, call: Call, answer: Ask, dialect: Dialect, asked: Asked) -> Outcome:
         if answer.media_type not in ("application/json", ""):
             raise answer.not_an_answer("The upstream's answer is not JSON.")
+        call.exchange.answered = time.monotonic()
         body = await answer.read()
         call.answer = dialect.answer(body, asked)
         call.send_json(200, call.answer.body, answer.passed_on())
@@ -210,6 +212,7 @@ class Proxy:
         stream = call.stream
         if stream is None or answer.media_type != "text/event-stream":
             raise answer.not_an_answer("The upstream's answer is not a stream of events.")
+        call.exchange.answered = time.monotonic()
         if not call.reply.started:
             call.start_stream(answer.passed_on())
         await Relay(call, stream).run(answer, idle)

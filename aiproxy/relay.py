@@ -65,8 +65,7 @@ class Relay:
         out: list[bytes] = []
         for frame in self._splitter.feed(chunk):
             if not frame.whole:
-                if not stream.over:
-                    out.append(frame.raw)
+                out.append(stream.spill(frame.raw, ends=frame.ends))
                 continue
             out.append(stream.feed(frame.raw))
             if stream.error is not None:

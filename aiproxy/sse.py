@@ -26,10 +26,15 @@ _OVERLAP = 3  # bytes at the end of a buffer that may begin a frame's end
 
 
 class Frame(NamedTuple):
-    """`raw` as it came; `whole` is False for a part of a frame beyond the bound."""
+    """`raw` as it came.
+
+    `whole` is False for a part of a frame beyond the bound; `ends` says whether a frame ends with
+    it.
+    """
 
     raw: bytes
     whole: bool
+    ends: bool = True
 
 
 class Splitter:
@@ -97,7 +102,7 @@ class Splitter:
         del self._tail[:cut]
         self._scanned = 0
         self._spilling = True
-        return [Frame(part, whole=False)]
+        return [Frame(part, whole=False, ends=False)]
 
     def rest(self) -> bytes:
         """The unfinished frame, given up; the splitter is empty afterwards."""

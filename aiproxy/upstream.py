@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import socket
 import ssl
 import time
 from contextvars import ContextVar
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import TracebackType
 
+    from aiohappyeyeballs import AddrInfoType
     from aiohttp.abc import AbstractStreamWriter
     from aiohttp.connector import Connection
     from multidict import CIMultiDictProxy
@@ -38,9 +40,11 @@ if TYPE_CHECKING:
 MAX_ANSWER = 64 * 1024 * 1024  # bytes of a JSON answer
 MAX_REFUSAL = 64 * 1024  # bytes of an error body
 LARGE = 1024 * 1024  # bytes of a request body
+RECEIVE_BUFFER = 256 * 1024  # bytes in the kernel per upstream connection
 MAX_FIELD = 32 * 1024  # bytes of an answer's header field
 ANTHROPIC_VERSION = "2023-06-01"  # where the client names none (API reference, "Versions")
 
+_EMPTY = frozenset({204, 205})  # successes without content (RFC 9110 section 15.3)
 _PASSED_ON = frozenset({400, 404, 409, 413, 422, 429})
 
 _asking: ContextVar[Ask] = ContextVar("asking")
@@ -60,6 +64,14 @@ class _Request(aiohttp.ClientRequest):
         _asking.get().sent()
 
 
+def _socket(address: AddrInfoType) -> socket.socket:
+    """A socket whose kernel buffer does not grow to megabytes while its client is slow."""
+    family, kind, proto, *_ = address
+    made = socket.socket(family, kind, proto)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+    return made
+
+
 class Client:
     """The connections to one upstream."""
 
@@ -69,6 +81,7 @@ class Client:
         context = ssl.create_default_context(cafile=upstream.ca_file)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
+                socket_factory=_socket,
                 limit=0,  # with a limit, the request beyond it would wait for ever
                 resolver=ThreadedResolver(),
                 keepalive_timeout=upstream.idle_connections or 0.001,
@@ -200,12 +213,11 @@ class Ask:
             raise
         self._body = b""
         self._response = response
-        self._exchange.answered = time.monotonic()
         self._exchange.upstream_request_id = (
             response.headers.get("x-request-id") or response.headers.get("request-id") or ""
         )
         self._watch.enter("idle", self._client.timeouts.idle)
-        if not 200 <= response.status < 300:  # noqa: PLR2004 - RFC 9110 section 15.3
+        if not 200 <= response.status < 300 or response.status in _EMPTY:  # noqa: PLR2004
             try:
                 await self._refuse(response)
             except BaseException as error:

@@ -45,8 +45,8 @@ class Watch:
     """
 
     __slots__ = (
-        "_armed_at", "_beat", "_every", "_handle", "_limit", "_loop", "_mark", "_scope", "_sent",
-        "_since", "_total_at", "_unsent", "phase", "reason",
+        "_armed_at", "_beat", "_began", "_every", "_handle", "_limit", "_loop", "_mark",
+        "_scope", "_sent", "_since", "_total_at", "_unsent", "phase", "reason",
     )  # fmt: skip
 
     def __init__(
@@ -58,6 +58,7 @@ class Watch:
         self._handle: asyncio.TimerHandle | None = None
         self._armed_at = _NEVER
         now = loop.time()
+        self._began = now
         self._total_at = now + total if total else _NEVER
         self.phase: Phase = "none"
         self._limit = 0.0
@@ -105,6 +106,12 @@ class Watch:
         if phase == "client_write":
             self._mark = self._unsent()
         if limit and self._since + limit < self._armed_at:
+            self._arm()
+
+    def bound(self, total: float) -> None:
+        """Another bound for all of it, from the beginning on; 0 for none."""
+        self._total_at = self._began + total if total else _NEVER
+        if self._total_at < self._armed_at:
             self._arm()
 
     def touch(self) -> None:

@@ -7,11 +7,8 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
-from answers import USAGE, chat_events, messages_events, sse, tool_call
-from client import parse_sse
 from hypothesis import example, given
 from hypothesis import strategies as st
-from responses import function_item, message_item, reasoning_item, responses_events
 
 from aiproxy.dialects import Asked, Stream, Tally
 from aiproxy.dialects.chat import Chat
@@ -20,6 +17,9 @@ from aiproxy.dialects.responses import Responses
 from aiproxy.errors import ProxyError, upstream_error
 from aiproxy.sse import Splitter
 from aiproxy.usage import Usage
+from answers import USAGE, chat_events, messages_events, sse, tool_call
+from client import parse_sse
+from responses import function_item, message_item, reasoning_item, responses_events
 
 NEWLINES = (b"\n", b"\r", b"\r\n")
 ERROR = upstream_error("It broke off.")

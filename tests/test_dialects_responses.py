@@ -4,10 +4,16 @@ import json
 from typing import Any
 
 import pytest
-from answers import USAGE, sse
-from client import parse_sse
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
+
+from aiproxy.dialects.responses import Responses, ResponsesStream
+from aiproxy.envelope import Envelope
+from aiproxy.errors import ProxyError
+from aiproxy.sse import Splitter
+from aiproxy.usage import Usage
+from answers import USAGE, sse
+from client import parse_sse
 from responses import (
     function_item,
     message_item,
@@ -16,12 +22,6 @@ from responses import (
     responses_object,
 )
 from test_dialects import ERROR, asked, play
-
-from aiproxy.dialects.responses import Responses, ResponsesStream
-from aiproxy.envelope import Envelope
-from aiproxy.errors import ProxyError
-from aiproxy.sse import Splitter
-from aiproxy.usage import Usage
 
 STRICT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 DISJOINT = Usage(**USAGE.disjoint())

@@ -1,76 +1,42 @@
-"""The log: one line per request, its fields, and a standard error that blocks."""
+"""The log: one line per request, with exactly its fields and nothing secret."""
 
-import asyncio
-import io
 import json
-import os
 import re
-import sys
-import threading
 from collections.abc import Awaitable, Callable
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
-from answers import USAGE
-from invariants import check_secrets
-from responses import responses_events
-from rig import CREDENTIAL, OUTPUT_CANARY, PROMPT_CANARY, Proxy, prompt, totals
-from upstream import Finish, ScriptedUpstream, Stall, error_answer, json_answer, stream
 
-from aiproxy import logs
 from aiproxy.exchange import Exchange
-from aiproxy.logs import LineWriter, Log, request_fields, standard_error
+from aiproxy.logs import Log, request_fields
+from answers import USAGE
+from invariants import check_secrets, eventually
+from responses import responses_events
+from rig import CREDENTIAL, OUTPUT_CANARY, PROMPT_CANARY, LogTap, Proxy, prompt
+from upstream import Finish, ScriptedUpstream, Stall, error_answer, json_answer, stream
 
 Serve = Callable[..., Awaitable[Proxy]]
 RESPONSES = "/v1/responses"
 
 # Contract, section 10.
-FIELDS = set(
-    "request_id key endpoint route upstream model attempts status outcome error_code"
-    " upstream_request_id duration_s first_token_s overhead_s input_tokens input_cached_tokens"
-    " output_tokens output_reasoning_tokens estimated replayed_turns bytes_in bytes_out client".split()
-)  # fmt: skip
+FIELDS = {
+    "request_id", "key", "endpoint", "route", "upstream",
+    "model", "attempts", "status", "outcome", "error_code",
+    "upstream_request_id", "duration_s", "first_token_s", "overhead_s", "input_tokens",
+    "input_cached_tokens", "output_tokens", "output_reasoning_tokens", "estimated",
+    "replayed_turns", "bytes_in", "bytes_out", "client",
+}  # fmt: skip
 
 
 async def line_of(proxy: Proxy, n: int = 1) -> dict[str, Any]:
     """The n-th request's line, once it is there."""
-    async with asyncio.timeout(2):
-        while len(proxy.request_logs()) < n:
-            await asyncio.sleep(0.005)
+
+    async def holds() -> None:
+        assert len(proxy.request_logs()) >= n
+
+    await eventually(holds)
     return proxy.request_logs()[n - 1]
-
-
-class Memory:
-    """A stream that keeps what is written, and may be held up."""
-
-    def __init__(self) -> None:
-        self.raw = b""
-        self.free = threading.Event()
-        self.free.set()
-        self.held = threading.Event()
-
-    def write(self, data: memoryview, /) -> int | None:
-        """Keep it, once free."""
-        if not self.free.is_set():
-            self.held.set()
-        self.free.wait(5)
-        self.raw += bytes(data)
-        return len(data)
-
-    def flush(self) -> None:
-        """Do nothing."""
-
-
-def written(fmt: str = "json", level: str = "debug", **options: Any) -> bytes:
-    """What a line of each level looks like."""
-    memory = Memory()
-    log = Log(memory, level=level, fmt=fmt, **options)
-    for name in ("debug", "info", "warning", "error"):
-        getattr(log.process, name)(f"a {name}", text='x"\n\x1b[31m\u2028', number=1)
-    log.close()
-    return memory.raw
 
 
 # A request's line
@@ -204,15 +170,12 @@ async def test_the_client_behind_a_proxy(serve: Serve, forwarded: str, client: s
     assert (await line_of(proxy))["client"] == client
 
 
-@pytest.mark.parametrize("zone", ["z" * 5000, "\x9b"])
-async def test_a_forwarded_zone_is_caller_made(serve: Serve, zone: str) -> None:
-    """An address may carry any text as its zone: it is cut, escaped, and breaks nothing."""
+async def test_a_forwarded_zone_is_caller_made(serve: Serve) -> None:
+    """An address may carry any text as its zone: like all that a caller made it is cut."""
     proxy = await serve(trusted_proxies=["127.0.0.0/8"])
-    forwarded = f"fe80::1%{zone}, 127.0.0.2"
+    forwarded = f"fe80::1%{'z' * 5000}, 127.0.0.2"
     assert (await proxy.post(RESPONSES, headers={"x-forwarded-for": forwarded})).status == 200
-    client = (await line_of(proxy))["client"]
-    assert len(client) <= 128
-    assert client.isprintable()
+    assert len((await line_of(proxy))["client"]) <= 128
 
 
 async def test_malformed_http_behind_a_proxy(serve: Serve) -> None:
@@ -246,16 +209,18 @@ async def test_nothing_secret_at_debug(serve: Serve, upstream: ScriptedUpstream)
     await check_secrets(proxy)
 
 
+class Nowhere:
+    """Records nothing."""
+
+    def begin(self, exchange: Exchange) -> None:
+        """Do nothing."""
+
+    def record(self, exchange: Exchange) -> None:
+        """Do nothing."""
+
+
 def test_the_fields_of_an_empty_exchange() -> None:
     """The fields are the same for a request of which nothing is known."""
-
-    class Nowhere:
-        def begin(self, exchange: Exchange) -> None:
-            """Do nothing."""
-
-        def record(self, exchange: Exchange) -> None:
-            """Do nothing."""
-
     exchange = Exchange("r", "none", Nowhere(), clock=lambda: 12.5, started=10.0)
     exchange.finish("rejected_invalid")
     exchange.finish("completed")
@@ -264,160 +229,15 @@ def test_the_fields_of_an_empty_exchange() -> None:
     assert (fields["duration_s"], fields["outcome"]) == (2.5, "rejected_invalid")
 
 
-# Formats and levels
-
-
-def test_json() -> None:
-    """A line is one JSON object, whatever its values hold."""
-    lines = [json.loads(line) for line in written().splitlines()]
-    assert [line["level"] for line in lines] == ["debug", "info", "warning", "error"]
-    assert {line["text"] for line in lines} == {'x"\n\x1b[31m\u2028'}
-    assert b"\x1b" not in written()
-
-
-def test_journald_priorities() -> None:
-    """Under journald each line begins with its syslog priority."""
-    lines = written(journal=True).splitlines()
-    assert [line[:3] for line in lines] == [b"<7>", b"<6>", b"<4>", b"<3>"]
-    assert all(json.loads(line[3:]) for line in lines)
-
-
-@pytest.mark.parametrize(
-    ("level", "count"), [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)]
-)
-@pytest.mark.parametrize("fmt", ["json", "console"])
-def test_levels(fmt: str, level: str, count: int) -> None:
-    """What is below the level is left out."""
-    assert len(re.findall(rb"a (?:debug|info|warning|error)", written(fmt, level))) == count
-
-
-def test_console() -> None:
-    """For a terminal a line is text: no JSON, no colour codes in a file, one line each."""
-    lines = written("console").splitlines()
-    assert len(lines) == 4
-    assert all(b"number=1" in line for line in lines)
-    assert all(b"\x1b" not in line for line in lines)
-    with pytest.raises(ValueError, match="Expecting value"):
-        json.loads(lines[0].decode().lstrip("0123456789-:.TZ "))
-
-
-@pytest.mark.parametrize(("level", "lines"), [("info", 1), ("warning", 0)])
-async def test_request_lines_are_of_level_info(serve: Serve, level: str, lines: int) -> None:
-    """Above `info` requests are not logged, but still counted."""
-    proxy = await serve(log={"level": level})
-    await proxy.post(RESPONSES)
-    assert totals(await proxy.metrics(), "aiproxy_requests_total", "outcome") == {"completed": 1}
-    proxy.daemon.log.error("afterwards")
-    async with asyncio.timeout(2):
-        while not any(line["event"] == "afterwards" for line in proxy.logs()):
-            await asyncio.sleep(0.005)
-    assert len(proxy.request_logs()) == lines
-
-
-@pytest.mark.parametrize("ours", [False, True])
-def test_journald_is_known_by_its_stream(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ours: bool  # noqa: FBT001
-) -> None:  # fmt: skip
-    """The prefix is for a standard error that journald itself connected, not for a redirected one."""
-    with (tmp_path / "stderr").open("w") as stderr:
-        status = os.fstat(stderr.fileno())
-        monkeypatch.setattr(sys, "stderr", stderr)
-        inode = status.st_ino if ours else status.st_ino + 1
-        monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{inode}")
-        stream_out, journal = standard_error()
-        assert journal is ours
-        stream_out.write(memoryview(b"x\n"))
-        assert isinstance(stream_out, io.RawIOBase)
-        stream_out.close()
-    assert (tmp_path / "stderr").read_bytes() == b"x\n"
-
-
-# A stream that blocks
-
-
-async def test_a_blocked_stream_drops_lines(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While standard error is blocked requests go on, and dropped lines are counted."""
-    monkeypatch.setattr(logs, "MAX_WAITING", 5)
-    proxy = await serve()
-    blocked, free = threading.Event(), threading.Event()
-    write = proxy.tap.write
-
-    def held_up(data: bytes | memoryview, /) -> int:
-        blocked.set()
-        free.wait(5)
-        return write(data)
-
-    monkeypatch.setattr(proxy.tap, "write", held_up)
-    try:
-        await proxy.post(RESPONSES)
-        await asyncio.to_thread(blocked.wait, 5)
-        for _ in range(12):
-            assert (await proxy.post(RESPONSES)).status == 200
-        metrics = await proxy.metrics()
-        assert metrics["aiproxy_log_dropped_total", frozenset()] == 12 - 5
-        assert totals(metrics, "aiproxy_requests_total", "outcome") == {"completed": 13}
-    finally:
-        free.set()
-    await line_of(proxy, 6)
-    await proxy.post(RESPONSES)
-    await line_of(proxy, 7)
-
-
-def test_who_logs_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line is taken while the writer is held up, and all lines come out in order later."""
-    memory = Memory()
-    memory.free.clear()
-    writer = LineWriter(memory)
-    writer.msg(b"0")
-    assert memory.held.wait(5)
-    for n in range(1, 100):
-        writer.msg(b"%d" % n)
-    assert memory.raw == b""
-    memory.free.set()
-    writer.close()
-    assert memory.raw.split() == [b"%d" % n for n in range(100)]
-    assert writer.dropped == 0
-
-
-def test_closing_does_not_wait_for_ever() -> None:
-    """A stream that stays blocked costs the daemon's end a bounded time."""
-    memory = Memory()
-    memory.free.clear()
-    writer = LineWriter(memory)
-    writer.msg(b"x")
-    writer.close(0.05)
-    assert memory.raw == b""
-    memory.free.set()
-
-
-@pytest.mark.parametrize("error", [OSError("gone"), BrokenPipeError(), ValueError("closed")])
-def test_a_reader_that_is_gone(error: Exception) -> None:
-    """Where nobody reads any more lines are dropped and counted, and nothing breaks."""
-
-    class Gone(Memory):
-        def write(self, data: memoryview, /) -> int | None:
-            raise error
-
-    writer = LineWriter(Gone())
-    writer.msg(b"a")
-    writer.msg(b"b")
-    writer.close()
-    assert writer.dropped == 2
-
-
-def test_a_stream_that_takes_a_part() -> None:
-    """Partial and refused writes of a non-blocking stream lose nothing."""
-    answers = [1, None, 2, None]
-
-    class Slow(Memory):
-        def write(self, data: memoryview, /) -> int | None:
-            taken = answers.pop(0) if answers else len(data)
-            self.raw += bytes(data[: taken or 0])
-            return taken
-
-    slow = Slow()
-    writer = LineWriter(slow)
-    writer.msg(b"hello")
-    writer.msg(b"world")
-    writer.close()
-    assert slow.raw == b"hello\nworld\n"
+@pytest.mark.parametrize("field", ["model", "client", "upstream_request_id", "error_code"])
+def test_strings_from_outside_can_be_written(field: str) -> None:
+    """Bytes that are no UTF-8 came as surrogates: a line is written nevertheless, escaped."""
+    exchange = Exchange("r", "none", Nowhere(), clock=lambda: 12.5, started=10.0)
+    setattr(exchange, field, "fe80::1%\udc9b\x1b[31m")
+    exchange.finish("completed")
+    tap = LogTap()
+    log = Log(tap, level="info", fmt="json")
+    log.record(exchange)
+    log.close()
+    (line,) = tap.lines()
+    assert line[field].isprintable()

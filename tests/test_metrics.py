@@ -8,15 +8,16 @@ from typing import Any
 
 import aiohttp
 import pytest
-from answers import chat_events, sse
 from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
+
+import aiproxy
+from answers import chat_events, sse
+from invariants import eventually
 from responses import responses_events
 from rig import Proxy, prompt, totals
 from upstream import Finish, Reset, ScriptedUpstream, Stall, error_answer, json_answer, stream
-
-import aiproxy
 
 Serve = Callable[..., Awaitable[Proxy]]
 RESPONSES, CHAT = "/v1/responses", "/v1/chat/completions"
@@ -90,9 +91,11 @@ async def families(proxy: Proxy) -> dict[str, Metric]:
 
 async def ended(proxy: Proxy, n: int) -> None:
     """Wait until `n` requests ended."""
-    async with asyncio.timeout(5):
-        while len(proxy.request_logs()) < n:
-            await asyncio.sleep(0.005)
+
+    async def holds() -> None:
+        assert len(proxy.request_logs()) >= n
+
+    await eventually(holds)
 
 
 async def use_all(proxy: Proxy, upstream: ScriptedUpstream) -> None:
@@ -180,7 +183,7 @@ OUTCOMES: list[Any] = [
 
 
 @pytest.mark.parametrize(("path", "script", "fields", "outcome"), OUTCOMES)
-async def test_outcomes(
+async def test_outcomes(  # noqa: PLR0917 - fixtures, and the columns of a table
     serve: Serve,
     upstream: ScriptedUpstream,
     path: str,

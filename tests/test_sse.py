@@ -3,12 +3,12 @@
 from itertools import pairwise
 
 import pytest
-from client import parse_sse
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from aiproxy import sse
 from aiproxy.sse import BOM, Frame, Splitter
+from client import parse_sse
 
 NEWLINES = (b"\n", b"\r", b"\r\n")
 
@@ -21,7 +21,7 @@ LINES = st.sampled_from(
         b"data:b",
         b"data:  c",
         b"data",
-        b"data: {\"x\": \"\xc3\xbc\"}",
+        b'data: {"x": "\xc3\xbc"}',
         b"event: x",
         b"event:y",
         b"event",
@@ -164,11 +164,11 @@ def test_an_oversize_frame_goes_in_parts(newline: bytes) -> None:
     parts = splitter.feed(b"data: " + b"x" * 40)
     assert parts
     assert not any(part.whole for part in parts)
-    assert not splitter.at_boundary
+    boundaries = [splitter.at_boundary]
     parts += splitter.feed(b"y" * 40)
-    assert not splitter.at_boundary
+    boundaries.append(splitter.at_boundary)
     last = splitter.feed(newline * 2)
-    assert splitter.at_boundary
+    assert [*boundaries, splitter.at_boundary] == [False, False, True]
     assert last
     assert not last[0].whole
     assert b"".join(part.raw for part in [*parts, *last]) == (
@@ -194,8 +194,7 @@ def test_a_boundary_is_where_nothing_was_let_through() -> None:
     splitter = Splitter()
     assert splitter.at_boundary
     splitter.feed(b"data: half")
-    assert splitter.at_boundary
-    assert splitter.held == len(b"data: half")
+    assert (splitter.at_boundary, splitter.held) == (True, len(b"data: half"))
 
 
 def test_rest_empties_the_splitter() -> None:

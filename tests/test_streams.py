@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+
 from answers import (
     chat_events,
     chat_json,
@@ -47,8 +48,9 @@ def events_of(path: str, model: str = "gpt-test") -> list[bytes]:
 
 def asking(path: str, **fields: Any) -> dict[str, Any]:
     """A body that asks for a stream, on chat with its usage, so that nothing is left out."""
-    options = {"stream_options": {"include_usage": True}} if path == CHAT else {}
-    return prompt(path, stream=True, **options, **fields)
+    if path == CHAT:
+        fields = {"stream_options": {"include_usage": True}, **fields}
+    return prompt(path, stream=True, **fields)
 
 
 def chunked(data: bytes, seed: int) -> list[Step]:

@@ -8,10 +8,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from answers import sse
-from client import parse_sse
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
+
+from aiproxy import relay
+from aiproxy.sse import COMMENT, Splitter
+from answers import sse
+from client import parse_sse
+from invariants import eventually
 from responses import responses_events
 from rig import Proxy, prompt
 from steps import SSE_HEADERS
@@ -29,9 +33,6 @@ from upstream import (
     json_answer,
 )
 
-from aiproxy import relay
-from aiproxy.sse import COMMENT, Splitter
-
 Serve = Callable[..., Awaitable[Proxy]]
 STRICT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 OFTEN = {"keepalive": "50ms"}
@@ -46,9 +47,11 @@ def without_beats(body: bytes) -> bytes:
 
 async def log_line(proxy: Proxy) -> dict[str, Any]:
     """The only request's log line."""
-    async with asyncio.timeout(2):
-        while not proxy.request_logs():
-            await asyncio.sleep(0.005)
+
+    async def holds() -> None:
+        assert proxy.request_logs()
+
+    await eventually(holds)
     (line,) = proxy.request_logs()
     return line
 
@@ -205,8 +208,11 @@ async def test_none_with_zero(serve: Serve, upstream: ScriptedUpstream) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_none_after_the_end(serve: Serve, upstream: ScriptedUpstream, path: str) -> None:
+async def test_none_after_the_end(
+    serve: Serve, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
     """Nothing follows the terminal event, even while the upstream keeps its body open."""
+    monkeypatch.setattr(relay, "TAIL", 0.2)
     proxy = await serve(streams=OFTEN)
     events = events_of(path)
     upstream.script(Headers(200, SSE_HEADERS), [Chunk(event) for event in events], Stall())

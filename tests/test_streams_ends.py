@@ -6,19 +6,19 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from answers import chat_events, sse
-from client import IncompleteBody, parse_sse
-from invariants import check_terminal
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
+
+from aiproxy import relay
+from aiproxy.sse import Splitter
+from answers import chat_events, sse
+from client import IncompleteBody, parse_sse
+from invariants import check_terminal, eventually
 from responses import message_item, reasoning_item, responses_events
 from rig import Proxy
 from steps import SSE_HEADERS, Step
 from test_streams import CHAT, MESSAGES, PATHS, RESPONSES, asking, events_of
 from upstream import Chunk, EndChunks, Finish, Headers, Reset, ScriptedUpstream, Stall, Wait
-
-from aiproxy import relay
-from aiproxy.sse import Splitter
 
 Serve = Callable[..., Awaitable[Proxy]]
 STRICT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
@@ -39,9 +39,11 @@ def send(*frames: bytes) -> list[Step]:
 
 async def log_line(proxy: Proxy) -> dict[str, Any]:
     """The only request's log line."""
-    async with asyncio.timeout(2):
-        while not proxy.request_logs():
-            await asyncio.sleep(0.005)
+
+    async def holds() -> None:
+        assert proxy.request_logs()
+
+    await eventually(holds)
     (line,) = proxy.request_logs()
     return line
 

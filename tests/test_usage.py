@@ -3,7 +3,6 @@
 from typing import Any, Literal
 
 import pytest
-from answers import Usage as Told
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from aiproxy.usage import (
     from_messages,
     from_responses,
 )
+from answers import Usage as Told
 
 READERS = {"responses": from_responses, "chat": from_chat, "messages": from_messages}
 Api = Literal["responses", "chat", "messages"]

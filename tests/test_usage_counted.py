@@ -1,11 +1,11 @@
 """Tokens through the daemon: log, metric and what the SDK sees say the same."""
 
-import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+
 from answers import (
     USAGE,
     Usage,
@@ -15,7 +15,7 @@ from answers import (
     messages_events,
     messages_json,
 )
-from invariants import TOKEN_FIELDS, check_tokens
+from invariants import TOKEN_FIELDS, check_tokens, eventually
 from responses import message_item, responses_events, responses_json, responses_object
 from rig import Proxy, prompt, totals
 from upstream import (
@@ -39,9 +39,11 @@ SSE = [("content-type", "text/event-stream"), ("transfer-encoding", "chunked")]
 
 async def line_of(proxy: Proxy, n: int = 1) -> dict[str, Any]:
     """The log line of the n-th request, once it is there."""
-    async with asyncio.timeout(2):
-        while len(proxy.request_logs()) < n:
-            await asyncio.sleep(0.005)
+
+    async def holds() -> None:
+        assert len(proxy.request_logs()) >= n
+
+    await eventually(holds)
     return proxy.request_logs()[n - 1]
 
 

@@ -369,9 +369,13 @@ async def test_on_the_real_loop() -> None:
     """With the loop that the daemon runs on, beats and the deadline come in order."""
     beats: list[int] = []
     watch = Watch(asyncio.get_running_loop(), total=0, unsent=lambda: 0)
-    with pytest.raises(Interrupted, match="first_byte"):
+
+    async def work() -> None:
         async with watch:
             watch.heartbeat(0.01, lambda: beats.append(1))
             watch.enter("first_byte", 0.1)
             await asyncio.sleep(5)
+
+    with pytest.raises(Interrupted, match="first_byte"):
+        await work()
     assert beats

@@ -98,6 +98,8 @@ class Stream(ABC):
         self.error: ProxyError | None = None
         self.tally = Tally(output)
         self._kept = True
+        self._spilling = False
+        self._terminal: Outcome | None = None
 
     def feed(self, raw: bytes) -> bytes:
         """Read one whole frame; what goes to the client in its place (often the same bytes)."""
@@ -117,6 +119,24 @@ class Stream(ABC):
     def _after(self, _raw: bytes) -> bytes:
         """What is let through of a frame after the end."""
         return b""
+
+    def spill(self, part: bytes, *, ends: bool) -> bytes:
+        """Read a part of a frame that is too large to be read whole; what goes to the client."""
+        if self.over:
+            return b""
+        if not self._spilling:
+            self._spilling = True
+            self._terminal = self._begin_spill(part)
+        if ends:
+            self._spilling = False
+            if self._terminal is not None:
+                self.outcome = self._terminal
+                self.over = self.whole = True
+        return part
+
+    def _begin_spill(self, _part: bytes) -> Outcome | None:
+        """How a large frame ends the stream, by its beginning; None: it does not."""
+        return None
 
     def delivered(self) -> int:
         """Estimated output tokens of what passed so far."""

@@ -111,6 +111,7 @@ class MessagesStream(Stream):
                 return restored_frame(raw, data, ("message",), self.asked.model)
         elif kind == "message_delta":
             self._count(value_of(event.get("usage")))
+            self._settle()
             self._stop(value_of(event.get("delta")))
         elif kind == "message_stop":
             self.over = self.whole = True

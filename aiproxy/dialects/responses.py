@@ -52,6 +52,11 @@ _SPECIAL_TYPE = re.compile(
 _DELTA = re.compile(rb'"delta"\s*:\s*"((?:[^"\\]|\\.)*)"', re.DOTALL)
 _OUTPUT = re.compile(rb'"response\.[a-z_.]+\.(?:delta|done)"')
 
+# What the beginning of an event tells that is too large to be decoded.
+_HEAD = 4096
+_TYPE = re.compile(rb'"type"\s*:\s*"(response\.[a-z_.]+)"')
+_SEQUENCE = re.compile(rb'"sequence_number"\s*:\s*(\d{1,15})')
+
 # Fields of the request that the response object repeats.
 _ECHO = (
     "previous_response_id", "instructions", "tools", "tool_choice", "truncation",
@@ -150,6 +155,12 @@ class ResponsesStream(Stream):
     def _after(self, raw: bytes) -> bytes:
         return raw if sse.parse(raw)[1] == b"[DONE]" else b""
 
+    def _begin_spill(self, part: bytes) -> Outcome | None:
+        head = part[:_HEAD]
+        self._passed(head)
+        named = _TYPE.search(head)
+        return None if named is None else _TERMINAL.get(named.group(1).decode())
+
     def _output(self, data: bytes) -> None:
         self.tally.count(data)
         if not self.output_started and _OUTPUT.search(data):
@@ -242,7 +253,10 @@ class ResponsesStream(Stream):
 
     def _next_sequence(self) -> int:
         event = members_of(sse.parse(self._last)[1])
-        last = value_of(event.get("sequence_number")) if event else None
+        if event is None:  # not JSON, or the beginning of a large one
+            number = _SEQUENCE.search(self._last)
+            return int(number.group(1)) + 1 if number else self._events
+        last = value_of(event.get("sequence_number"))
         return last + 1 if type(last) is int else self._events
 
 
