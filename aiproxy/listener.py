@@ -18,7 +18,8 @@ from aiohttp import http_parser, web
 from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.http import HttpRequestParser, HttpVersion10, HttpVersion11
 from aiohttp.http_exceptions import LineTooLong
-from aiohttp.web_protocol import RequestHandler
+from aiohttp.web_protocol import ERROR, RequestHandler
+from multidict import CIMultiDict, CIMultiDictProxy
 
 from aiproxy import errors
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Awaitable, Callable, Iterable
 
+    from aiohttp.http_parser import RawRequestMessage
     from aiohttp.web_request import BaseRequest
 
     from aiproxy.errors import ProxyError
@@ -37,6 +39,8 @@ SEND_BUFFER = 256 * 1024  # bytes in the kernel per client, so that a slow one s
 WRITE_HIGH = 64 * 1024  # bytes in the process per client before writing waits
 LINGER = 2.0  # seconds of reading on after an answer that came before the request's end
 
+# aiohttp's stand-in for a request that it could not parse, with headers that can be asked.
+_UNPARSED = ERROR._replace(headers=CIMultiDictProxy(CIMultiDict()))
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -224,6 +228,7 @@ class Listener(web.Server):
         super().__init__(
             cast("Any", handler),  # a Reply does what the runner asks of a StreamResponse
             handler_cancellation=True,
+            request_factory=self._request,
         )
         self.refuse = refuse
         self.turn_away = turn_away
@@ -232,6 +237,9 @@ class Listener(web.Server):
         self.client_write = client_write
         self.keepalive = keepalive
         self.count = 0
+
+    def _request(self, message: RawRequestMessage, *rest: Any) -> BaseRequest:
+        return self._make_request(_UNPARSED if message is ERROR else message, *rest)
 
     def unsent(self) -> int:
         """Bytes that wait in this process for clients to take them."""

@@ -189,7 +189,7 @@ def request_fields(exchange: Exchange) -> dict[str, Any]:
         "attempts": exchange.attempts,
         "status": exchange.status,
         "outcome": exchange.outcome,
-        "error_code": exchange.error_code,
+        "error_code": shown(exchange.error_code),
         "upstream_request_id": shown(exchange.upstream_request_id),
         "duration_s": round(exchange.duration, 6),
         "first_token_s": _seconds(exchange.time_to_first_token),
@@ -202,7 +202,7 @@ def request_fields(exchange: Exchange) -> dict[str, Any]:
         "replayed_turns": exchange.replayed_turns,
         "bytes_in": exchange.bytes_in,
         "bytes_out": exchange.bytes_out,
-        "client": exchange.client,
+        "client": shown(exchange.client),
     }
 
 

@@ -123,10 +123,12 @@ class Proxy:
         return call
 
     def _end(self, call: Call, outcome: Outcome) -> None:
-        call.finish(outcome)
-        self.live.discard(call)
-        if self.draining and not self.live:
-            self.idle.set()
+        try:
+            call.finish(outcome)
+        finally:
+            self.live.discard(call)
+            if self.draining and not self.live:
+                self.idle.set()
 
     def authenticate(self, call: Call) -> Key:
         """Who is calling, by the headers alone."""

@@ -57,13 +57,15 @@ class Snapshot:
         if not address:
             return True
         try:
-            parsed = ip_address(address.partition("%")[0])
+            parsed = ip_address(address.partition("%")[0])  # a peer's own may name its interface
         except ValueError:
             return False
         return any(parsed in network for network in self.config.trusted_proxies)
 
 
 def _is_address(text: str) -> bool:
+    if "%" in text:
+        return False  # a zone may be any text, and means nothing on another machine
     try:
         ip_address(text)
     except ValueError:

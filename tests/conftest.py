@@ -12,6 +12,7 @@ import pytest
 import uvloop
 from blockbuster import BlockBuster, BlockBusterFunction, BlockingError
 from hypothesis import settings
+
 from upstream import ScriptedUpstream
 
 if TYPE_CHECKING:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import yaml
 from anthropic import AsyncAnthropic
-from client import Answer, Fields, RawClient
 from openai import AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from aiproxy.config import loads
 from aiproxy.daemon import Daemon
+from client import Answer, Fields, RawClient
 
 if TYPE_CHECKING:
     from aiproxy.config import Config

@@ -4,13 +4,14 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from answers import USAGE, chat_events, chat_json, messages_events, tool_call
 from anthropic import AsyncAnthropic
 from anthropic import types as anthropic_types
-from client import parse_sse
 from openai import AsyncOpenAI
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
+
+from answers import USAGE, chat_events, chat_json, messages_events, tool_call
+from client import parse_sse
 from responses import (
     function_item,
     message_item,

@@ -5,8 +5,9 @@ import json
 import os
 from collections.abc import Awaitable, Callable
 
-import invariants
 import pytest
+
+import invariants
 from answers import USAGE
 from invariants import (
     check_at_rest,

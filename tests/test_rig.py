@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from answers import USAGE
 from blockbuster import BlockingError
-from client import IncompleteBody, ProtocolError, RawClient, parse_sse
-from conftest import PACKAGE, BlockingCalls
 from hypothesis import given
 from hypothesis import strategies as st
+
+from answers import USAGE
+from client import IncompleteBody, ProtocolError, RawClient, parse_sse
+from conftest import PACKAGE, BlockingCalls
 from responses import (
     function_item,
     message_item,

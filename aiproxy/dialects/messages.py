@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec import Raw
 
 from aiproxy import errors, sse
 from aiproxy import usage as counts
@@ -105,13 +106,10 @@ class MessagesStream(Stream):
             return raw
         kind = value_of(event.get("type")) or name.decode("ascii", "replace")
         if kind == "message_start":
-            message = members_of(event.get("message")) or {}
-            self._count(value_of(message.get("usage")))
-            if self.asked.renamed:
-                return restored_frame(raw, data, ("message",), self.asked.model)
-        elif kind == "message_delta":
-            self._count(value_of(event.get("usage")))
-            self._settle()
+            return self._start(raw, data, members_of(event.get("message")) or {})
+        if kind == "message_delta":
+            if self._count(value_of(event.get("usage"))):
+                self._settle()
             self._stop(value_of(event.get("delta")))
         elif kind == "message_stop":
             self.over = self.whole = True
@@ -129,13 +127,22 @@ class MessagesStream(Stream):
             self.usage = counts.from_messages(self._counts)
             self.reason = None if self.usage is not None else "bad"
 
+    def _start(self, raw: bytes, data: bytes, message: dict[str, Raw]) -> bytes:
+        self._count(value_of(message.get("usage")))
+        if not self.asked.renamed:
+            return raw
+        return restored_frame(raw, data, ("message",), self.asked.model)
+
     def _stop(self, delta: object) -> None:
         if isinstance(delta, dict) and _is_incomplete(delta.get("stop_reason")):
             self.outcome = "incomplete"
 
-    def _count(self, given: object) -> None:
-        if isinstance(given, dict):
-            self._counts.update((k, v) for k, v in given.items() if v is not None)
+    def _count(self, given: object) -> bool:
+        """Take what an event says of the usage; whether it says the output's."""
+        if not isinstance(given, dict):
+            return False
+        self._counts.update((k, v) for k, v in given.items() if v is not None)
+        return given.get("output_tokens") is not None
 
     def fail(self, error: ProxyError, now: int) -> bytes:  # noqa: ARG002 - the protocol's shape
         """See `Stream`: an `error` event."""

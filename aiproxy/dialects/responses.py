@@ -148,8 +148,9 @@ class ResponsesStream(Stream):
     def _read(self, raw: bytes) -> bytes:
         if _CANDIDATE.search(raw) is not None or many_lines(raw):
             return self._look(raw)
-        self._passed(raw)
-        self._output(raw)
+        if b"data:" in raw:
+            self._passed(raw)
+            self._output(raw)
         return raw
 
     def _after(self, raw: bytes) -> bytes:
@@ -247,7 +248,7 @@ class ResponsesStream(Stream):
             sequence = 1
         response["status"] = "failed"
         response["error"] = error.response_error()
-        response["output"] = self._items
+        response["output"] = [_on_one_line(item) for item in self._items]
         self.over = True
         return frames + _event("response.failed", sequence, response)
 
@@ -268,6 +269,11 @@ def _message(event: dict[str, Raw]) -> str:
         if isinstance(message, str) and message:
             return message
     return "The upstream reported an error."
+
+
+def _on_one_line(raw: bytes | Raw) -> Raw:
+    """A JSON value fit for one data line: its line ends can only stand between tokens."""
+    return Raw(bytes(raw).replace(b"\r", b" ").replace(b"\n", b" "))
 
 
 def _event(name: str, sequence: int, response: dict[str, Any]) -> bytes:
@@ -313,5 +319,5 @@ def skeleton(asked: Asked, now: int) -> dict[str, Any]:
     if asked.envelope is not None:
         for name in _ECHO:
             if (raw := asked.envelope.raw(name)) is not None:
-                response[name] = Raw(raw)
+                response[name] = _on_one_line(raw)
     return response
