@@ -91,8 +91,13 @@ class Client:
                 socket_factory=_socket,
                 limit=0,  # with a limit, the request beyond it would wait for ever
                 resolver=ThreadedResolver(),
-                keepalive_timeout=upstream.idle_connections or 0.001,
                 ssl=context,
+                # Kept for this long, or not at all; aiohttp takes one of the two.
+                **(
+                    {"keepalive_timeout": upstream.idle_connections}
+                    if upstream.idle_connections
+                    else {"force_close": True}
+                ),
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
