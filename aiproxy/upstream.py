@@ -85,13 +85,14 @@ class Client:
     def __init__(self, upstream: Upstream) -> None:
         self.upstream = upstream
         self.timeouts = upstream.timeouts
-        context = ssl.create_default_context(cafile=upstream.ca_file)
+        authority = upstream.ca_file
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 socket_factory=_socket,
                 limit=0,  # with a limit, the request beyond it would wait for ever
                 resolver=ThreadedResolver(),
-                ssl=context,
+                # True: the system's authorities, in one context that aiohttp shares.
+                ssl=ssl.create_default_context(cafile=authority) if authority else True,
                 # Kept for this long, or not at all; aiohttp takes one of the two.
                 **(
                     {"keepalive_timeout": upstream.idle_connections}
