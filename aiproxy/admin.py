@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from aiproxy import errors, headers
 from aiproxy.errors import ProxyError
-from aiproxy.listener import Reply, check_head
+from aiproxy.listener import check_head
 from aiproxy.metrics import CONTENT_TYPE
+from aiproxy.reply import Reply
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

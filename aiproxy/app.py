@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from aiproxy.dialects import Dialect
     from aiproxy.errors import Outcome
     from aiproxy.exchange import Endpoint
-    from aiproxy.listener import Reply
     from aiproxy.proxy import Proxy
+    from aiproxy.reply import Reply
 
     Act = Callable[[Call], Awaitable[Outcome]]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from aiproxy import errors, headers, sse
 from aiproxy.body import Hold
 from aiproxy.exchange import Exchange
-from aiproxy.listener import Reply
+from aiproxy.reply import Reply
 from aiproxy.usage import charge, estimate_output
 from aiproxy.watch import Interrupted, Watch
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from aiproxy.dialects import Asked, Dialect
     from aiproxy.errors import Outcome, Shape
     from aiproxy.exchange import Endpoint, Recorder
-    from aiproxy.listener import Reply
+    from aiproxy.reply import Reply
     from aiproxy.snapshot import Snapshot
 
 
