@@ -43,6 +43,7 @@ class Admin:
         except ProxyError as error:
             status, content_type, body = error.status, "application/json", error.render("openai")
             extra = error.headers
+            reply.keep_alive = reply.keep_alive and not error.close
         reply.send(
             status,
             [

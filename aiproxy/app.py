@@ -65,10 +65,10 @@ class App:
         """What a method and a path mean: an endpoint, and what it does."""
         method = request.method
         if (relayed := self._relayed.get(path)) is not None:
+            if path == "/v1/responses" and _upgrades(request):
+                return "responses", _raise(errors.upgrade_not_supported())
             if method == "POST":
                 return relayed
-            if path == "/v1/responses" and "Upgrade" in request.headers:
-                return "responses", _raise(errors.upgrade_not_supported())
             return relayed[0], _raise(errors.method_not_allowed(method, "POST"))
         if path == "/":
             return self._reading(method, "none", _greet)
@@ -115,6 +115,14 @@ class App:
             raise errors.model_not_found(name)
         call.send_json(200, msgspec.json.encode(_model_object(name)))
         return "completed"
+
+
+def _upgrades(request: BaseRequest) -> bool:
+    """Whether it asks for another protocol; a POST that offers HTTP/2 (as curl does) is a POST."""
+    offered = request.headers.get("Upgrade")
+    if offered is None:
+        return False
+    return request.method != "POST" or offered.strip().lower() == "websocket"
 
 
 def _model_object(name: str) -> dict[str, object]:

@@ -162,7 +162,7 @@ class Call:
         try:
             self._refuse(error)
         except ConnectionError:
-            return "client_disconnected"
+            return self.left()
         return error.outcome
 
     def interrupt(self, interrupted: Interrupted) -> Outcome:
@@ -174,7 +174,16 @@ class Call:
             # Only the upstream's own end of a whole answer did not come.
             self.reply.end()
             return self.stream.outcome
+        declared = self.stream.cut() if self.stream is not None else None
+        if declared is not None and interrupted.reason in ("idle", "total"):
+            return self.fail(declared)
         return self.fail(self.interruption(interrupted))
+
+    def left(self) -> Outcome:
+        """End since the client has left: after its terminal event it missed nothing."""
+        if self.stream is not None and self.stream.over and self.reply.started:
+            return self.stream.outcome
+        return "client_disconnected"
 
     def finish(self, outcome: Outcome) -> None:
         """The end: settle the tokens, give back the memory, write the record. Awaits nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import signal
 import sys
 import time
@@ -17,7 +18,7 @@ import aiproxy
 from aiproxy.admin import Admin
 from aiproxy.app import App
 from aiproxy.listener import Handler, Listener, require_c_parser
-from aiproxy.logs import Log, standard_error
+from aiproxy.logs import LibraryHandler, Log, standard_error
 from aiproxy.metrics import Metrics
 from aiproxy.proxy import Proxy
 from aiproxy.snapshot import Snapshot
@@ -38,6 +39,7 @@ SWITCH_INTERVAL = 0.001  # seconds: a scrape in a thread may keep the event loop
 # thresholds the collector runs every few requests to find nothing.
 GC_THRESHOLDS = (10_000, 20, 20)
 SENT_PERIOD = 0.02  # seconds between looks at what slow clients have not taken yet
+LAST_BYTES = 0.5  # seconds for clients that are behind to take their terminal event
 LAST_WORDS = 5.0  # seconds for what was cut to send its terminal event
 
 
@@ -124,6 +126,10 @@ class Daemon:
         """Lines about the process."""
         return self._log.process
 
+    def library_handler(self) -> logging.Handler:
+        """Takes what libraries log into this log."""
+        return LibraryHandler(self._log)
+
     def close_log(self) -> None:
         """Write what waits; for an end that no drain precedes."""
         self._log.close()
@@ -177,7 +183,7 @@ class Daemon:
         self._ended = True
         config, proxy = self._config.drain, self._proxy
         before = set(proxy.live)
-        proxy.draining = True
+        proxy.drain()
         self.log.info("draining", in_flight=len(before))
         await self._first(self._hurry.wait(), deadline=self._now() + config.delay)
         before |= proxy.live
@@ -193,6 +199,7 @@ class Daemon:
             call.watch.interrupt("shutting_down")
         self._hurry.clear()
         await self._until_idle(self._now() + LAST_WORDS)
+        await self._until_sent(self._now() + LAST_BYTES)
         drained = len(before) - cut
         self.log.info("drained %d, cut %d", drained, cut)
         await self._close()
@@ -279,6 +286,7 @@ def serve(config: Config, warnings: Sequence[str]) -> int:
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
     daemon = Daemon(config)
+    logging.getLogger().addHandler(daemon.library_handler())
     for warning in warnings:
         daemon.log.warning("configuration", warning=warning)
     try:

@@ -129,14 +129,22 @@ class Envelope:
             raise errors.invalid_type(name, "an object")
         try:
             return _members.decode(value)
-        except msgspec.DecodeError:
-            return {key: Raw(part) for key, part in jsontext.split(value).items()}
+        except msgspec.DecodeError:  # a lone surrogate
+            members = {key: Raw(part) for key, part in jsontext.split(value).items()}
+            if not all(_is_text(key) for key in members):
+                raise errors.invalid_type(name, "an object with names of Unicode") from None
+            return members
 
     def require_one_of(self, name: str, starts: Sequence[bytes], expected: str) -> None:
         """Refuse a field that does not begin like one of the expected JSON types."""
         value = self.raw(name)
         if value is not None and not value.startswith(tuple(starts)):
             raise errors.invalid_type(name, expected)
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be encoded: a lone surrogate cannot."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _reason(error: Exception) -> str:

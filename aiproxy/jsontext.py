@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 MAX_DEPTH = 256
 
-_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s"{}\[\],:]+', re.DOTALL)
+# Possessive, so that a string of megabytes leaves nothing to come back to.
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[{}\[\],:]|[^\s"{}\[\],:]+', re.DOTALL)
 _NOT_STRUCTURE = bytes(c for c in range(256) if c not in b'[]{}"')
 _ONE_KIND = bytes.maketrans(b"[]", b"{}")  # to count nesting, arrays and objects are alike
 _STEP = {0x7B: 1, 0x7D: -1}

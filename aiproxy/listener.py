@@ -35,6 +35,8 @@ MAX_FIELD = 32 * 1024  # bytes of a header field
 MAX_FIELDS = 128
 SEND_BUFFER = 256 * 1024  # bytes in the kernel per client, so that a slow one slows the upstream
 WRITE_HIGH = 64 * 1024  # bytes in the process per client before writing waits
+MAX_AHEAD = 64 * 1024  # bytes that a client may send behind the request in flight
+MAX_QUEUED = 8  # requests likewise
 LINGER = 2.0  # seconds of reading on after an answer that came before the request's end
 
 # aiohttp's stand-in for a request that it could not parse, with headers that can be asked.
@@ -113,7 +115,7 @@ class Listener(web.Server):
 class Connection(RequestHandler):
     """One client connection."""
 
-    __slots__ = ("_counted", "_head_deadline", "_listener")
+    __slots__ = ("_ahead", "_client", "_counted", "_head_deadline", "_listener")
 
     def __init__(self, listener: Listener, *, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(
@@ -128,12 +130,14 @@ class Connection(RequestHandler):
             auto_decompress=False,
         )
         self._listener = listener
+        self._ahead = 0  # bytes that came behind the request in flight
+        self._client: asyncio.Transport | None = None
         self._counted = False
         self._head_deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Count the connection, bound its buffers, start the clock for its first head."""
-        client = cast("asyncio.Transport", transport)
+        client = self._client = cast("asyncio.Transport", transport)
         if self._listener.count >= self._listener.max_connections:
             error = errors.overloaded("too many connections")
             client.write(_plain(error, self._listener.turn_away(error)))
@@ -159,12 +163,51 @@ class Connection(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Parse; a head that is begun must be complete in time."""
+        if self._busy and self._is_ahead(len(data)):
+            return
         super().data_received(data)
-        idle = self._waiter is not None and not self._messages
-        if idle and self._head_deadline is None:
-            self._expect_head()
-        elif not idle:
+        if len(self._messages) > MAX_QUEUED:  # all in one piece
+            self._give_up()
+        if self._busy:
             self._stop_clock()
+        elif self._head_deadline is None:
+            self._expect_head()
+
+    @property
+    def _busy(self) -> bool:
+        """Whether a request has come that is not answered yet."""
+        return bool(self._messages) or self._request_in_progress
+
+    def _is_ahead(self, size: int) -> bool:
+        """Whether the client sends too much behind the request in flight; then it is gone.
+
+        Otherwise reading would have to pause, and its going would not be seen while it pauses.
+        """
+        request = self._current_request
+        if request is not None and not request.content.is_eof():
+            self._ahead = 0  # it is this request's own body
+            return False
+        self._ahead += size
+        if self._ahead <= MAX_AHEAD and len(self._messages) <= MAX_QUEUED:
+            return False
+        self._give_up()
+        return True
+
+    def _give_up(self) -> None:
+        if self._client is not None:
+            self._client.abort()
+
+    def eof_received(self) -> None:
+        """A client that closes its sending side while it is served counts as gone."""
+        if self._busy:
+            self._give_up()
+
+    async def start(self) -> None:
+        """Serve the connection; what waits when it ends is bounded in time."""
+        try:
+            await super().start()
+        finally:
+            self._bound_flush()
 
     def _expect_head(self) -> None:
         if self._listener.client_header:
@@ -179,15 +222,18 @@ class Connection(RequestHandler):
 
     def _head_late(self) -> None:
         self._head_deadline = None
-        self.force_close()
+        if not self._busy:
+            self.force_close()
 
     def force_close(self) -> None:
         """Close; what waits to be sent may take `client_write`, not for ever."""
-        transport = self.transport
         super().force_close()
-        patience = self._listener.client_write
-        if transport is not None and patience and transport.get_write_buffer_size():
-            self._loop.call_later(patience, transport.abort)
+        self._bound_flush()
+
+    def _bound_flush(self) -> None:
+        patience, client = self._listener.client_write, self._client
+        if patience and client is not None and client.get_write_buffer_size():
+            self._loop.call_later(patience, client.abort)
 
     def handle_error(
         self,

@@ -8,10 +8,12 @@ below and no other.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
@@ -174,6 +176,26 @@ class Log:
         self, logger: WrappedLogger, method: str, event: MutableMapping[str, Any]
     ) -> bytes:
         return str(self._console(logger, method, event)).encode("utf-8", "backslashreplace")
+
+
+class LibraryHandler(logging.Handler):
+    """What asyncio and aiohttp log, by the standard library, as lines of this log."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line; where it was raised, but no message of it that may quote a request."""
+        error = record.exc_info[1] if record.exc_info else None
+        self._log.process.log(
+            record.levelno,
+            "library",
+            logger=record.name,
+            message=shown(record.getMessage()),
+            error=None if error is None else type(error).__name__,
+            where=None if error is None else traceback.format_tb(error.__traceback__),
+        )
 
 
 def request_fields(exchange: Exchange) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from aiproxy import auth, errors, headers, routes
 from aiproxy.body import Buffered, receive
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
     from aiproxy.snapshot import Snapshot
 
 
+T = TypeVar("T")
+
+LARGE = 1024 * 1024  # bytes of a document that is not read in the event loop
+
+
 class Proxy:
     """All requests of one daemon.
 
@@ -58,6 +64,13 @@ class Proxy:
         self.refusing = False
         self.idle = asyncio.Event()
 
+    def drain(self) -> None:
+        """From now on connections are closed after their answers, also after those under way."""
+        self.draining = True
+        for call in self.live:
+            if not call.reply.started:
+                call.reply.keep_alive = False
+
     async def serve(
         self,
         request: BaseRequest,
@@ -76,10 +89,10 @@ class Proxy:
         except Interrupted as interrupted:
             outcome = call.interrupt(interrupted)
         except asyncio.CancelledError:
-            outcome = "client_disconnected"
+            outcome = call.left()
             raise
         except ConnectionError:
-            outcome = "client_disconnected"
+            outcome = call.left()
         except Exception as error:  # noqa: BLE001 - a bug of ours must end like everything else
             self._log.error("bug", request_id=call.exchange.request_id, exc_info=error)
             outcome = call.fail(errors.internal_error(call.exchange.request_id))
@@ -170,7 +183,7 @@ class Proxy:
         body = await receive(call.request, call.hold, config.max_body)
         call.exchange.waited = time.monotonic() - began
         call.exchange.bytes_in = len(body)
-        return Envelope.parse(body)
+        return await _aside(partial(Envelope.parse, body), len(body))
 
     def _choose(self, call: Call, asked: Asked, key: Key, dialect: Dialect) -> Target:
         if not asked.model:
@@ -203,7 +216,7 @@ class Proxy:
             raise answer.not_an_answer("The upstream's answer is not JSON.")
         call.exchange.answered = time.monotonic()
         body = await answer.read()
-        call.answer = dialect.answer(body, asked)
+        call.answer = await _aside(partial(dialect.answer, body, asked), len(body))
         call.send_json(200, call.answer.body, answer.passed_on())
         if call.reply.blocked:
             call.watch.enter("client_write", call.snapshot.config.timeouts.client_write)
@@ -220,6 +233,13 @@ class Proxy:
         await Relay(call, stream).run(answer, idle)
         call.reply.end()
         return stream.outcome
+
+
+async def _aside(work: Callable[[], T], size: int) -> T:
+    """Do it here, or in a thread for a document that would hold up the event loop."""
+    if size <= LARGE:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(None, work)
 
 
 def shape_of(path: str) -> Shape:

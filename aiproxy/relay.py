@@ -7,6 +7,7 @@ is slowed down and memory stays bounded.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from aiproxy.dialects import Stream
     from aiproxy.upstream import Ask
 
+SOON = 0.001  # seconds: a limit of 0 would be none
 TAIL = 1.0  # seconds for an upstream to end the body after its terminal event
 
 
@@ -39,7 +41,8 @@ class Relay:
         """
         call, stream = self._call, self._stream
         watch = call.watch
-        tail = False
+        loop = asyncio.get_running_loop()
+        ends: float | None = None  # when the upstream must have ended, after its terminal event
         while True:
             try:
                 chunk = await answer.chunk()
@@ -50,14 +53,17 @@ class Relay:
             if not chunk:
                 self._broke_off(errors.upstream_error("The upstream ended without an end event."))
                 return
-            watch.touch()
-            if await self._pass(chunk):
-                watch.enter("tail" if tail else "idle", TAIL if tail else idle)
+            if ends is None:
+                watch.touch()
+            waited = await self._pass(chunk)
             if stream.error is not None:
                 raise stream.error
-            if stream.over and not tail:
-                tail = True
+            if ends is None and stream.over:
+                ends = loop.time() + TAIL
                 watch.enter("tail", TAIL)
+            elif waited:
+                left = idle if ends is None else max(SOON, ends - loop.time())
+                watch.enter("idle" if ends is None else "tail", left)
 
     async def _pass(self, chunk: bytes) -> bool:
         """Relay a chunk; whether the client had to be waited for."""

@@ -110,10 +110,13 @@ class Reply:
         """Leave the body without its end: the client must see that it was cut."""
         self.ended = True
         self.keep_alive = False
+        if self.started and not self._chunked:
+            self.abort()  # where the end of the connection is the end of the body
 
     def abort(self) -> None:
         """Drop the connection with all that waits to be sent."""
-        self.abandon()
+        self.ended = True
+        self.keep_alive = False
         if (transport := self._request.transport) is not None:
             sock = transport.get_extra_info("socket")
             if sock is not None:  # else the kernel would keep what waits, and try for minutes

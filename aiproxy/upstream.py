@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import socket
 import ssl
 import time
 from contextvars import ContextVar
@@ -17,30 +16,29 @@ from typing import TYPE_CHECKING, NoReturn, Self
 
 import aiohttp
 from aiohttp import http_exceptions
-from aiohttp.resolver import ThreadedResolver
 from yarl import URL
 
 from aiproxy import errors, headers
+from aiproxy.errors import ProxyError
 from aiproxy.upstream_errors import classify, passed_on
+from aiproxy.upstream_pool import Pool
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import TracebackType
 
-    from aiohappyeyeballs import AddrInfoType
     from aiohttp.abc import AbstractStreamWriter
     from aiohttp.connector import Connection
     from multidict import CIMultiDictProxy
 
     from aiproxy.config import Upstream
-    from aiproxy.errors import ProxyError, Shape
+    from aiproxy.errors import Shape
     from aiproxy.exchange import AttemptResult, Exchange
     from aiproxy.watch import Watch
 
 MAX_ANSWER = 64 * 1024 * 1024  # bytes of a JSON answer
 MAX_REFUSAL = 64 * 1024  # bytes of an error body
-LARGE = 1024 * 1024  # bytes of a request body
-RECEIVE_BUFFER = 256 * 1024  # bytes in the kernel per upstream connection
+LARGE = 32 * 1024  # bytes of a request body that is not left to aiohttp's flow control
 MAX_FIELD = 32 * 1024  # bytes of an answer's header field
 ANTHROPIC_VERSION = "2023-06-01"  # where the client names none (API reference, "Versions")
 
@@ -56,6 +54,8 @@ class _Request(aiohttp.ClientRequest):
     async def send(self, conn: Connection) -> aiohttp.ClientResponse:
         ask = _asking.get()
         ask.connected(conn)
+        if conn.protocol is None or conn.protocol.writing_paused:
+            raise aiohttp.ClientConnectionError("not ready to be written to")
         response = await super().send(conn)
         if self._body is None and conn.transport is not None:
             # The body goes out with the head, in one write of the event loop. aiohttp would make a
@@ -71,14 +71,6 @@ class _Request(aiohttp.ClientRequest):
         _asking.get().sent()
 
 
-def _socket(address: AddrInfoType) -> socket.socket:
-    """A socket whose kernel buffer does not grow to megabytes while its client is slow."""
-    family, kind, proto, *_ = address
-    made = socket.socket(family, kind, proto)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
-    return made
-
-
 class Client:
     """The connections to one upstream."""
 
@@ -87,10 +79,7 @@ class Client:
         self.timeouts = upstream.timeouts
         authority = upstream.ca_file
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                socket_factory=_socket,
-                limit=0,  # with a limit, the request beyond it would wait for ever
-                resolver=ThreadedResolver(),
+            connector=Pool(
                 # True: the system's authorities, in one context that aiohttp shares.
                 ssl=ssl.create_default_context(cafile=authority) if authority else True,
                 # Kept for this long, or not at all; aiohttp takes one of the two.
@@ -188,7 +177,7 @@ class Ask:
         self._watch = watch
         self._api = api
         self._shape = shape
-        self._conn: Connection | None = None
+        self._transport: asyncio.Transport | None = None
         self._response: aiohttp.ClientResponse | None = None
         self._result: AttemptResult | None = None
         self._url: URL
@@ -202,7 +191,7 @@ class Ask:
 
     def connected(self, conn: Connection) -> None:
         """The request is about to be written to `conn`."""
-        self._conn = conn
+        self._transport = conn.transport
         self._watch.enter("first_byte", self._client.timeouts.first_byte)
 
     def sent(self) -> None:
@@ -223,9 +212,12 @@ class Ask:
         try:
             response = await self._client.post(self._url, self.body, self._sent)
         except BaseException as error:
-            self._drop(error)
+            named = None
             if isinstance(error, (aiohttp.ClientError, OSError)):
-                raise self._named(error) from None
+                self._result, named = classify(error)
+            self._drop(error)
+            if named is not None:
+                raise named from None
             raise
         self.body = b""
         self._response = response
@@ -258,16 +250,16 @@ class Ask:
                 self._result = "connect"
             elif reason in ("first_byte", "idle", "total"):
                 self._result = "timeout"
-        elif error is not None and self._result is None:
-            self._result, _ = classify(error)
+        elif isinstance(error, ProxyError) and self._result is None:
+            self._result = "protocol"  # what came is no answer
         if self._result is not None or self._response is not None:
             self._exchange.results.append(self._result or "ok")
         response = self._response
         if response is not None and response.content.is_eof() and error is None:
             response.release()
             return
-        if self._conn is not None and (transport := self._conn.transport) is not None:
-            transport.abort()  # at once; a plain close would first send what waits
+        if self._transport is not None:
+            self._transport.abort()  # at once; a plain close would first send what waits
         if response is not None:
             response.close()
 
@@ -335,9 +327,6 @@ class Ask:
         """The answer is not what was asked for."""
         self._result = "protocol"
         return errors.upstream_error(what)
-
-    def _named(self, error: BaseException) -> ProxyError:
-        return classify(error)[1]
 
     async def _refuse(self, response: aiohttp.ClientResponse) -> NoReturn:
         """Raise what the client is told of an answer that is no success."""

@@ -14,7 +14,8 @@ LAYERS = [
     "envelope",
     "limits routes sessions dialects auth",
     "exchange",
-    "config stores upstream upstream_errors watch body listener reply metrics logs tracing systemd",
+    "config stores upstream upstream_errors upstream_pool watch body listener reply"
+    " metrics logs tracing systemd",
     "snapshot call relay proxy",
     "app admin",
     "daemon",
@@ -28,6 +29,7 @@ SAME_LAYER = {
     ("proxy", "call"),
     ("proxy", "relay"),
     ("upstream", "upstream_errors"),
+    ("upstream", "upstream_pool"),
     ("listener", "reply"),
     ("__main__", "demo"),
     ("demo", "demo_upstream"),

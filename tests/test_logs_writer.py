@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import logging
 import os
 import re
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from aiproxy import logs
-from aiproxy.logs import LineWriter, Log, standard_error
+from aiproxy.logs import LibraryHandler, LineWriter, Log, standard_error
 from invariants import eventually
 from rig import Proxy, totals
 from test_logs import RESPONSES, line_of
@@ -212,3 +213,25 @@ def test_a_stream_that_takes_a_part() -> None:
     writer.msg(b"world")
     writer.close()
     assert slow.raw == b"hello\nworld\n"
+
+
+def raised() -> logging.LogRecord:
+    """What a library logs of an error of its own."""
+    record = logging.LogRecord("asyncio", logging.ERROR, "x.py", 1, "Task failed", (), None)
+    try:
+        int("sk-" + "secret")
+    except ValueError:
+        record.exc_info = sys.exc_info()
+    return record
+
+
+def test_what_libraries_log_is_a_line_of_the_log() -> None:
+    """The standard library's logging ends in the same log, without an error's own message."""
+    memory = Memory()
+    log = Log(memory, level="info", fmt="json")
+    LibraryHandler(log).emit(raised())
+    log.close()
+    line = json.loads(memory.raw)
+    assert (line["event"], line["level"], line["logger"]) == ("library", "error", "asyncio")
+    assert (line["message"], line["error"]) == ("Task failed", "ValueError")
+    assert "sk-secret" not in memory.raw.decode()

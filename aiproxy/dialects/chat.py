@@ -32,7 +32,7 @@ _CANDIDATE = re.compile(
     rb'"usage"\s*:\s*[^n\s]|"finish_reason"\s*:\s*"|"error"\s*:|data: ?\[DONE\]'
 )
 _DELTA = re.compile(
-    rb'"(?:content|refusal|reasoning_content|reasoning|arguments)"\s*:\s*"((?:[^"\\]|\\.)*)"',
+    rb'"(?:content|refusal|reasoning_content|reasoning|arguments)"\s*:\s*"([^"\\]*+(?:\\.[^"\\]*+)*+)"',
     re.DOTALL,
 )
 _INCOMPLETE = frozenset({"length", "content_filter"})

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 _CANDIDATE = re.compile(
     rb'(?:"|event: ?)(?:message_start|message_delta|message_stop|error)(?:"|\r|\n)'
 )
-_DELTA = re.compile(rb'"(?:text|partial_json|thinking)"\s*:\s*"((?:[^"\\]|\\.)*)"', re.DOTALL)
+_DELTA = re.compile(
+    rb'"(?:text|partial_json|thinking)"\s*:\s*"([^"\\]*+(?:\\.[^"\\]*+)*+)"', re.DOTALL
+)
 _SPECIAL = frozenset({b"message_start", b"message_delta", b"message_stop", b"error"})
 _INCOMPLETE = frozenset({"max_tokens", "refusal", "model_context_window_exceeded"})
 

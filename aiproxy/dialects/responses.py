@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Raw
 
-from aiproxy import errors, sse, usage
+from aiproxy import errors, jsontext, sse, usage
 from aiproxy.dialects import (
     Answer,
     Asked,
@@ -49,7 +49,7 @@ _SPECIAL_TYPE = re.compile(
     rb'"type"\s*:\s*"(?:response\.(?:created|queued|in_progress|completed|incomplete|failed'
     rb'|output_item\.done)|error)"'
 )
-_DELTA = re.compile(rb'"delta"\s*:\s*"((?:[^"\\]|\\.)*)"', re.DOTALL)
+_DELTA = re.compile(rb'"delta"\s*:\s*"([^"\\]*+(?:\\.[^"\\]*+)*+)"', re.DOTALL)
 _OUTPUT = re.compile(rb'"response\.[a-z_.]+\.(?:delta|done)"')
 
 # What the beginning of an event tells that is too large to be decoded.
@@ -117,13 +117,26 @@ def _refuse_references(given: bytes | None) -> None:
     if given is None or given[:1] != b"[":
         return
     for raw in elements_of(given):
-        item = members_of(raw)
-        if item is None:
-            continue
-        kind = value_of(item.get("type"))
-        # `type` may be left out (API reference, "Item reference"); a message then has a role.
-        if kind == "item_reference" or (kind is None and "role" not in item and "id" in item):
+        if _is_reference(bytes(raw)):
             raise errors.item_not_found()
+
+
+def _is_reference(item: bytes) -> bool:
+    """Whether any reader of an item could take it for a reference."""
+    if b"item_reference" not in item and b"\\u" not in item:
+        members = members_of(item) or {"role": Raw()}
+        return "id" in members and not ("role" in members or value_of(members.get("type")))
+    kinds: list[object] = []
+    names = set()
+    for key, start, end in jsontext.members(item):
+        name = jsontext.key_text(key)
+        names.add(name)
+        if name == "type":  # which of two counts is its reader's choice
+            kinds.append(value_of(Raw(item[start:end])))
+    if "item_reference" in kinds:
+        return True
+    # `type` may be left out (API reference, "Item reference"); a message then has a role.
+    return not any(kinds) and "role" not in names and "id" in names
 
 
 def _usage(response: dict[str, Raw]) -> tuple[usage.Usage | None, usage.Reason | None]:
