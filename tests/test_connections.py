@@ -348,7 +348,10 @@ async def test_framing_that_breaks_in_the_body_fails_at_once(
     client = await proxy.send("/v1/responses", prompt(stream=streamed))
     await upstream.wait_request()
     if streamed:
+        await client.read_head()
         await client.read_until(b": one\n\n")
     gate.set()
     async with asyncio.timeout(2):
+        if not streamed:
+            await client.read_head()
         await client.read_until(b"upstream_error")

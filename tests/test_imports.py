@@ -8,14 +8,15 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "aiproxy"
 
+CONNECTED = "config stores upstream upstream_errors upstream_pool watch body listener reply "
+CONNECTED += "metrics logs tracing systemd"
 # Bottom to top. At runtime a module imports from lower layers only, save SAME_LAYER and NARROW.
 LAYERS = [
     "errors sse usage headers jsontext",
     "envelope",
     "limits routes sessions dialects auth",
     "exchange",
-    "config stores upstream upstream_errors upstream_pool watch body listener reply"
-    " metrics logs tracing systemd",
+    CONNECTED,
     "snapshot call relay proxy",
     "app admin",
     "daemon",
