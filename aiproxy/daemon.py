@@ -194,14 +194,13 @@ class Daemon:
         deadline = self._now() + (config.timeout or float("inf"))
         await self._until_idle(deadline)
         await self._until_sent(deadline)
-        cut = len(proxy.live)
-        for call in proxy.live:
+        cut = set(proxy.live)
+        for call in cut:
             call.watch.interrupt("shutting_down")
         self._hurry.clear()
         await self._until_idle(self._now() + LAST_WORDS)
         await self._until_sent(self._now() + LAST_BYTES)
-        drained = len(before) - cut
-        self.log.info("drained %d, cut %d", drained, cut)
+        self.log.info("drained %d, cut %d", len(before - cut), len(cut))
         await self._close()
 
     async def _until_idle(self, deadline: float) -> None:

@@ -163,7 +163,9 @@ class Connection(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Parse; a head that is begun must be complete in time."""
-        if self._busy and self._is_ahead(len(data)):
+        if not self._busy:
+            self._ahead = 0
+        elif self._is_ahead(len(data)):
             return
         super().data_received(data)
         if len(self._messages) > MAX_QUEUED:  # all in one piece

@@ -355,3 +355,21 @@ async def test_framing_that_breaks_in_the_body_fails_at_once(
         if not streamed:
             await client.read_head()
         await client.read_until(b"upstream_error")
+
+
+async def test_what_waited_before_does_not_count_again(
+    serve: Serve, upstream: ScriptedUpstream
+) -> None:
+    """What may wait behind a request is a bound at a time, not of a connection's whole life."""
+    proxy = await serve()
+    client = await proxy.client()
+    body = json.dumps(prompt(input="x" * 20_000)).encode()
+    for number in range(5):
+        gate = asyncio.Event()
+        upstream.script(Wait(gate), json_answer(whole(number)))
+        await client.request("POST", "/v1/responses", proxy.headers(), body)
+        await upstream.wait_request(2 * number + 1)
+        await client.request("POST", "/v1/responses", proxy.headers(), body)
+        gate.set()
+        async with asyncio.timeout(5):
+            assert [(await client.answer()).status for _ in "12"] == [200, 200]
