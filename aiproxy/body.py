@@ -7,7 +7,7 @@ import sys
 import zlib
 from typing import TYPE_CHECKING, Protocol
 
-import brotli  # type: ignore[import-untyped]
+import brotli  # type: ignore[import-untyped] # it has no stubs
 from aiohttp.http import HttpVersion11
 from aiohttp.web_protocol import RequestPayloadError
 

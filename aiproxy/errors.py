@@ -117,7 +117,7 @@ class ProxyError(Exception):
         """
         if self.status == 429:  # noqa: PLR2004 - HTTP's own number
             code = "rate_limit_exceeded"
-        elif self.status < 500:  # noqa: PLR2004
+        elif self.status < 500:  # noqa: PLR2004 - HTTP's own number
             code = "invalid_prompt"
         else:
             code = SERVER

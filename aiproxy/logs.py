@@ -238,6 +238,6 @@ def standard_error() -> tuple[Stream, bool]:
     journald names the device and inode of the stream that it connected (systemd.exec(5),
     "JOURNAL_STREAM"), so that a redirected one is not mistaken for it.
     """
-    stream = open(sys.stderr.fileno(), "wb", buffering=0, closefd=False)  # noqa: SIM115
+    stream = open(sys.stderr.fileno(), "wb", buffering=0, closefd=False)  # noqa: SIM115 - kept
     status = os.fstat(stream.fileno())
     return stream, os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"

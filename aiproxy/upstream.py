@@ -211,7 +211,7 @@ class Ask:
         self._watch.enter("connect", self._client.timeouts.connect)
         try:
             response = await self._client.post(self._url, self.body, self._sent)
-        except BaseException as error:
+        except BaseException as error:  # a cancellation, too, leaves no connection behind
             named = None
             if isinstance(error, (aiohttp.ClientError, OSError)):
                 self._result, named = classify(error)
@@ -228,7 +228,7 @@ class Ask:
         if not 200 <= response.status < 300 or response.status in _EMPTY:  # noqa: PLR2004
             try:
                 await self._refuse(response)
-            except BaseException as error:
+            except BaseException as error:  # likewise
                 self._drop(error)
                 raise
         return self

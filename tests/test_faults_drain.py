@@ -30,7 +30,7 @@ from faults import (
     events_of,
     line_of,
 )
-from invariants import check_terminal
+from invariants import check_terminal, eventually
 from rig import CREDENTIAL, TEAM_A, Proxy, config_text, prompt
 from upstream import Chunk, EndChunks, Headers, ScriptedUpstream, Stall, Wait, stream
 
@@ -141,6 +141,11 @@ async def test_f23_during_the_delay_requests_are_served_and_connections_closed(
     await check_ended(proxy)
 
 
+async def delay_passed(proxy: Proxy) -> None:
+    """Assert that the drain has come to refuse requests."""
+    assert proxy.daemon._proxy.refusing
+
+
 async def test_f23_after_the_delay_requests_are_refused(
     serve: Serve, upstream: ScriptedUpstream
 ) -> None:
@@ -153,7 +158,7 @@ async def test_f23_after_the_delay_requests_are_refused(
                     *map(Chunk, frames[1:]), EndChunks())  # fmt: skip
     client = await open_stream(proxy, upstream)
     drain = asyncio.create_task(proxy.daemon.drain())
-    await asyncio.sleep(0.2)
+    await eventually(lambda: delay_passed(proxy))
     for api, late in zip(STREAMED, idle, strict=True):
         body = json.dumps(asked(api, streamed=True)).encode()
         await late.request("POST", PATHS[api], proxy.headers(), body)

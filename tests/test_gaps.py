@@ -135,16 +135,18 @@ async def test_an_upload_counts_neither_as_connecting_nor_as_the_answers_delay(
     serve: Serve, upstream: ScriptedUpstream
 ) -> None:
     """`connect` ends with the connection, and `first_byte` begins with the body's last byte."""
-    times = {"connect": "300ms", "first_byte": "1s"}
+    # Each wait is longer than `connect`, both together are longer than `first_byte`, and each
+    # leaves it most of a second, for a slow machine.
+    times = {"connect": "300ms", "first_byte": "2s"}
     proxy = await serve(timeouts=times)
     gate = asyncio.Event()
     upstream.script(PausedRead(), Wait(gate), *json_answer(json_of("responses")))
     client = await proxy.send(body=large_prompt(LARGE))
     await upstream.wait_request()
-    await asyncio.sleep(0.6)
+    await asyncio.sleep(1.1)
     for link in upstream._links:
         link._transport.resume_reading()
-    await asyncio.sleep(0.6)
+    await asyncio.sleep(1.1)
     gate.set()
     async with asyncio.timeout(5):
         assert (await client.answer()).status == 200

@@ -209,7 +209,7 @@ def parse_host(host: str, wrong: str) -> str:
 def parse_network(value: object) -> IPv4Network | IPv6Network:
     """Return the network of a CIDR, such as 10.0.0.0/8 or fd00::/8, or of one address."""
     if not isinstance(value, str):
-        raise ValueError(f"must be a CIDR such as 10.0.0.0/8, not {shown(value)}")  # noqa: TRY004
+        raise ValueError(f"must be a CIDR such as 10.0.0.0/8, not {shown(value)}")  # noqa: TRY004 - as above
     try:
         network = ip_network(value, strict=False)
     except ValueError:

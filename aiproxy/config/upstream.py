@@ -33,7 +33,7 @@ class CredentialSource(Stanza):
     def _is_a_reference(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             # ValueError: pydantic makes a mistake of nothing else.
-            raise ValueError(  # noqa: TRY004
+            raise ValueError(  # noqa: TRY004 - see above
                 "must be {env: NAME} or {file: PATH}: a literal secret is never accepted"
             )
         if "env" in value and "file" in value:
