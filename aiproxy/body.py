@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-import zlib
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-import brotli  # type: ignore[import-untyped] # it has no stubs
 from aiohttp.http import HttpVersion11
 from aiohttp.web_protocol import RequestPayloadError
 
 from aiproxy import errors
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
+from aiproxy.coding import CODINGS, Decoder, UndecodableError
 
 if TYPE_CHECKING:
     from aiohttp.web_request import BaseRequest
 
-ENCODINGS = frozenset({"gzip", "deflate", "br", "zstd"})
 _SLICE = 1 << 20  # bytes inflated at a time
 
 
@@ -72,7 +64,7 @@ async def receive(request: BaseRequest, hold: Hold, limit: int) -> bytes:
         ProxyError: too large, not decodable, an unknown encoding, broken framing, no memory.
     """
     encoding = ",".join(request.headers.getall("Content-Encoding", [])).strip().lower()
-    if encoding not in ENCODINGS and encoding not in ("", "identity"):
+    if encoding not in CODINGS and encoding not in ("", "identity"):
         raise errors.unsupported_content_encoding(encoding)
     expect = request.headers.get("Expect")
     if expect is not None and expect.strip().lower() != "100-continue":
@@ -95,92 +87,32 @@ async def receive(request: BaseRequest, hold: Hold, limit: int) -> bytes:
     except RequestPayloadError:
         raise errors.invalid_http("The request body is not well-formed HTTP/1.1.") from None
     body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-    if encoding in ENCODINGS:
+    if encoding in CODINGS:
         loop = asyncio.get_running_loop()
         body = await loop.run_in_executor(None, inflate, body, encoding, limit)
         hold.take(len(body))
     return body
 
 
-class _Decompressor(Protocol):
-    def decompress(self, data: bytes, limit: int, /) -> bytes: ...
-    @property
-    def eof(self) -> bool: ...
-    @property
-    def unused_data(self) -> bytes: ...
-
-
-class _Zlib:
-    """gzip and deflate; the latter with or without its zlib head, as clients differ."""
-
-    def __init__(self, wbits: int) -> None:
-        self._inner = zlib.decompressobj(wbits)
-
-    def decompress(self, data: bytes, limit: int) -> bytes:
-        return self._inner.decompress(self._inner.unconsumed_tail + data, limit)
-
-    @property
-    def eof(self) -> bool:
-        return self._inner.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._inner.unused_data
-
-
-class _Brotli:
-    def __init__(self) -> None:
-        self._inner = brotli.Decompressor()
-
-    def decompress(self, data: bytes, limit: int) -> bytes:
-        return bytes(self._inner.process(data, output_buffer_limit=limit))
-
-    @property
-    def eof(self) -> bool:
-        return bool(self._inner.is_finished())
-
-    @property
-    def unused_data(self) -> bytes:
-        return b""
-
-
-def _decompressor(encoding: str, body: bytes) -> _Decompressor:
-    if encoding == "gzip":
-        return _Zlib(zlib.MAX_WBITS | 16)
-    if encoding == "deflate":
-        has_head = len(body) > 1 and body[0] & 0x0F == 8 and (body[0] << 8 | body[1]) % 31 == 0  # noqa: PLR2004 - RFC 1950
-        return _Zlib(zlib.MAX_WBITS if has_head else -zlib.MAX_WBITS)
-    if encoding == "br":
-        return _Brotli()
-    return zstd.ZstdDecompressor()
-
-
-def inflate(body: bytes, encoding: str, limit: int) -> bytes:
+def inflate(body: bytes, coding: str, limit: int) -> bytes:
     """The body decoded; runs in a thread, since it may take tens of milliseconds.
 
     Raises:
         ProxyError: it does not decode, is not complete, or grows beyond `limit` bytes. What grows
             is never held beyond the limit and one slice.
     """
+    decoder = Decoder(coding)
+    decoder.feed(body)
     out: list[bytes] = []
     size = 0
-    rest = body
     try:
-        while rest:  # gzip and zstd allow several members in a row
-            decompressor = _decompressor(encoding, rest)
-            data = rest
-            while not decompressor.eof:
-                piece = decompressor.decompress(data, _SLICE)
-                if not piece and not data and not decompressor.eof:
-                    raise errors.undecodable_body(encoding)
-                data = b""
-                size += len(piece)
-                if size > limit:
-                    raise errors.request_too_large(limit)
-                out.append(piece)
-            rest = decompressor.unused_data
-            if rest and encoding not in ("gzip", "zstd"):
-                raise errors.undecodable_body(encoding)
-    except (zlib.error, brotli.error, zstd.ZstdError):
-        raise errors.undecodable_body(encoding) from None
+        while piece := decoder.take(_SLICE):
+            size += len(piece)
+            if size > limit:
+                raise errors.request_too_large(limit)
+            out.append(piece)
+    except UndecodableError:
+        raise errors.undecodable_body(coding) from None
+    if not decoder.complete:
+        raise errors.undecodable_body(coding)
     return b"".join(out)

@@ -247,7 +247,8 @@ class Daemon:
         for runner in reversed(self._runners):
             await runner.cleanup()
         self._runners.clear()
-        await self._snapshot.close()
+        self._snapshot.close()
+        await asyncio.sleep(0)  # in which the event loop closes what was aborted
 
     # -- the whole life
 

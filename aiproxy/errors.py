@@ -314,8 +314,9 @@ def upstream_credential() -> ProxyError:
 
 
 def upstream_overloaded(retry_after: str, headers: tuple[tuple[str, str], ...] = ()) -> ProxyError:
-    """The upstream said 503 or 529."""
-    extra = headers or (("Retry-After", retry_after),)
+    """The upstream said 503 or 529; `headers` say when to try again, more exactly."""
+    named = any(name.lower() == "retry-after" for name, _ in headers)
+    extra = headers if named else (("Retry-After", retry_after), *headers)
     return ProxyError(
         503,
         SERVER,

@@ -202,14 +202,15 @@ class Proxy:
         client = call.snapshot.clients[target.upstream.name]
         body = envelope.encode()
         call.size = len(body)
-        url = client.url(dialect.path)
-        if dialect.api == "messages" and (beta := call.request.query.get("beta")) is not None:
-            url = url.update_query(beta=beta)
-        sent = client.request_headers(
-            dialect.api, call.request.headers.items(), call.exchange.request_id
+        beta = call.request.query.get("beta") if dialect.api == "messages" else None
+        head = client.request_head(
+            dialect.api,
+            client.target(dialect.path, beta),
+            call.request.headers.items(),
+            request_id=call.exchange.request_id,
+            size=call.size,
         )
-        ask = Ask(client, call.exchange, call.watch, api=dialect.api, shape=dialect.shape)
-        return ask.post(url, body, sent)
+        return Ask(client, call.exchange, call.watch, shape=dialect.shape).post(head, body)
 
     async def _relay_json(self, call: Call, answer: Ask, dialect: Dialect, asked: Asked) -> Outcome:
         if answer.media_type not in ("application/json", ""):

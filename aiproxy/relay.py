@@ -47,7 +47,6 @@ class Relay:
             try:
                 chunk = await answer.chunk()
             except ProxyError as error:
-                await self._pass(answer.rest())
                 self._broke_off(error)
                 return
             if not chunk:

@@ -5,7 +5,6 @@ A request keeps the one it began with; a reload swaps one reference.
 
 from __future__ import annotations
 
-import asyncio
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
@@ -28,9 +27,10 @@ class Snapshot:
         self.router = Router(config.routes, config.keys.values())
         self.clients = {name: Client(upstream) for name, upstream in config.upstreams.items()}
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Close all upstream connections."""
-        await asyncio.gather(*(client.close() for client in self.clients.values()))
+        for client in self.clients.values():
+            client.close()
 
     def client_of(self, request: BaseRequest) -> str:
         """The client's address for the log.

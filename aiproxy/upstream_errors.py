@@ -1,19 +1,34 @@
-"""What went wrong upstream: exceptions and refusals -> a result, and what the client is told."""
+"""What went wrong upstream: a result, and what the client is told: no address, no detail."""
 
 from __future__ import annotations
 
-import ssl
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
 import msgspec
-from aiohttp import http_exceptions
 
 from aiproxy import errors
 
 if TYPE_CHECKING:
     from aiproxy.errors import ProxyError, Shape
     from aiproxy.exchange import AttemptResult
+
+
+NO_NAME = "The upstream's name could not be resolved."
+UNTRUSTED = "The upstream's TLS certificate was refused."
+REFUSED = "The upstream could not be connected to."
+CLOSED = "The upstream closed the connection."
+BROKE_OFF = "The upstream's answer broke off."
+MALFORMED = "The upstream's answer is not well-formed HTTP."
+UNDECODABLE = "The upstream's answer does not decode."
+
+
+class Failure(Exception):  # noqa: N818 - it is an event, which `Ask` makes an error of
+    """An attempt failed: its result, and the sentence for the client."""
+
+    def __init__(self, result: AttemptResult, message: str) -> None:
+        super().__init__(result, message)
+        self.result: AttemptResult = result
+        self.message = message
 
 
 def passed_on(
@@ -55,29 +70,3 @@ def _has_shape(document: dict[str, Any], inner: dict[str, Any], shape: Shape) ->
         and all(name in inner for name in ("param", "code"))
         and all(isinstance(inner[name], (str, type(None))) for name in ("param", "code"))
     )
-
-
-def classify(error: BaseException) -> tuple[AttemptResult, ProxyError]:
-    """The result of an attempt, and what the client is told. No address, no detail of ours."""
-    if isinstance(error, errors.ProxyError):
-        return "protocol", error
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return "connect", errors.upstream_error("The upstream's name could not be resolved.")
-    if isinstance(
-        error, (aiohttp.ClientConnectorCertificateError, aiohttp.ClientSSLError, ssl.SSLError)
-    ):
-        return "connect", errors.upstream_error("The upstream's TLS certificate was refused.")
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return "connect", errors.upstream_error("The upstream could not be connected to.")
-    if isinstance(error, (aiohttp.ClientResponseError, http_exceptions.HttpProcessingError)):
-        return "protocol", errors.upstream_error("The upstream's answer is not well-formed HTTP.")
-    if isinstance(error, aiohttp.ClientPayloadError):
-        cause = error.__cause__
-        framing = isinstance(
-            cause,
-            (http_exceptions.TransferEncodingError, http_exceptions.ContentLengthError),
-        )
-        if cause is None or framing:
-            return "reset", errors.upstream_error("The upstream's answer broke off.")
-        return "protocol", errors.upstream_error("The upstream's answer does not decode.")
-    return "reset", errors.upstream_error("The upstream closed the connection.")

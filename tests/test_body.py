@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiproxy.body import Buffered, Hold, inflate
+from aiproxy.coding import MAX_MEMBERS
 from aiproxy.errors import ProxyError
 
 if sys.version_info >= (3, 14):
@@ -62,6 +63,8 @@ def test_more_than_one_slice(encoding: str, pack: Pack) -> None:
     noise = os.urandom(2 * MiB + 17)
     assert inflate(pack(noise), encoding, 3 * MiB) == noise
     assert inflate(pack(b"a" * 3 * MiB), encoding, 3 * MiB) == b"a" * 3 * MiB
+    mixed = b"".join(os.urandom(2**14) + b"a" * 2 * MiB for _ in range(8))
+    assert inflate(pack(mixed), encoding, 17 * MiB) == mixed
 
 
 @every_way
@@ -122,6 +125,7 @@ def test_many_empty_members_come_to_an_end(way: str) -> None:
     """Members that hold nothing are still read once only."""
     encoding, pack = WAYS[way]
     assert inflate(pack(b"") * 2000 + pack(b"x"), encoding, 100) == b"x"
+    assert refusal(pack(b"") * MAX_MEMBERS + pack(b"x"), encoding) == (400, "invalid_json")
 
 
 def code_of(act: Callable[[], object]) -> tuple[int, str | None]:

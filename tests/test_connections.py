@@ -70,12 +70,11 @@ async def test_what_comes_unasked_is_nobodys_answer(
     upstream.script(json_answer(whole(1)), Wait(gate), json_answer(whole(666)))
     upstream.script(json_answer(whole(2)))
     assert (await proxy.post()).json()["id"] == "resp_1"
-    pool: Any = proxy.daemon._snapshot.clients["scripted"]._session.connector
-    ((idle, _),) = next(iter(pool._conns.values()))
+    ((idle, _),) = proxy.daemon._snapshot.clients["scripted"].pool._idle
     gate.set()
 
     async def has_come() -> None:
-        assert idle.should_close
+        assert not idle.clean
 
     await eventually(has_come)
     async with asyncio.timeout(1):

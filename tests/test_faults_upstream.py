@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from aiohttp.resolver import ThreadedResolver
 
 from answers import USAGE, Usage, sse
 from certificates import Pair, issue
@@ -224,11 +223,11 @@ class Late:
 
 
 LATE = [
-    Late("F03 silent", [Stall()], {"first_byte": "200ms"}, "15s", "504", False, "input"),
-    Late("F03 own", [Stall()], {"first_byte": "200ms"}, "15s", "504", False, "input", own=True),
-    Late("F03 beats", [Stall()], {"first_byte": "300ms"}, "50ms", "in-band", True, "input"),
-    Late("F03 total", [Stall()], {"total": "200ms"}, "15s", "504", False, "input"),
-    Late("F03 own total", [Stall()], {"total": "200ms"}, "15s", "504", False, "input", own=True),
+    Late("F03 silent", [Stall()], {"first_byte": "600ms"}, "15s", "504", False, "input"),
+    Late("F03 own", [Stall()], {"first_byte": "600ms"}, "15s", "504", False, "input", own=True),
+    Late("F03 beats", [Stall()], {"first_byte": "600ms"}, "50ms", "in-band", True, "input"),
+    Late("F03 total", [Stall()], {"total": "600ms"}, "15s", "504", False, "input"),
+    Late("F03 own total", [Stall()], {"total": "600ms"}, "15s", "504", False, "input", own=True),
     Late("F04", [Stall()], {"idle": "300ms"}, "50ms", "in-band", True, "delivered", True),
     Late("F04 quiet", [Stall()], {"idle": "200ms"}, "15s", "in-band", False, "delivered", True),
     Late("F04 no event", [Stall()], {"idle": "200ms"}, "15s", "in-band", False, "input", True),
@@ -240,12 +239,12 @@ LATE = [
     Late(
         "F05 drips",
         [Repeat(b": drip\n\n", 100, 0.02)],
-        {"idle": "200ms", "total": "400ms"}, "15s", "in-band", False, "delivered", True,
+        {"idle": "300ms", "total": "800ms"}, "15s", "in-band", False, "delivered", True,
     ),
     Late(
         "F05 own total",
         [Repeat(b": drip\n\n", 100, 0.02)],
-        {"idle": "200ms", "total": "400ms"}, "15s", "in-band", False, "delivered", True, True,
+        {"idle": "300ms", "total": "800ms"}, "15s", "in-band", False, "delivered", True, True,
     ),
 ]  # fmt: skip
 
@@ -273,7 +272,7 @@ async def test_f03_f04_f05_a_late_stream_ends_at_its_deadline(
         await check_closed(seen.client)
     assert (HEARTBEAT in seen.answer.body) == case.beats
     assert seen.line["outcome"] == "upstream_timeout"
-    assert seen.line["duration_s"] < 1.5
+    assert seen.line["duration_s"] < 3
     check_charge(seen.line, case.charge, request, made=delivered(b"".join(frames)))
     assert (await results_of(proxy))["timeout"] == 1
     await check_invariants(proxy, upstream, baseline=baseline)
@@ -281,7 +280,7 @@ async def test_f03_f04_f05_a_late_stream_ends_at_its_deadline(
 
 @pytest.mark.parametrize(
     ("timeouts", "begun"),
-    [({"first_byte": "200ms"}, False), ({"idle": "200ms"}, True), ({"total": "200ms"}, True)],
+    [({"first_byte": "600ms"}, False), ({"idle": "600ms"}, True), ({"total": "600ms"}, True)],
     ids=["F03", "F04", "F05"],
 )
 async def test_f03_f04_f05_a_late_json_answer_is_a_504(
@@ -367,14 +366,19 @@ async def test_f13_a_resolver_that_hangs_is_given_up_within_connect(
     """A look-up without an answer is a 502 after `connect`, and holds up no other route."""
     given_up = asyncio.Event()
 
-    async def hang(*_args: object, **_options: object) -> list[Any]:
+    loop = asyncio.get_running_loop()
+    look_up = loop.getaddrinfo
+
+    async def hang(host: Any, *args: Any, **options: Any) -> Any:
+        if host != "slow.invalid":
+            return await look_up(host, *args, **options)
         await given_up.wait()
         raise OSError
 
     proxy, baseline = await begin(
         serve, upstream, **_elsewhere("http://slow.invalid/v1"), timeouts={"connect": "200ms"}
     )
-    monkeypatch.setattr(ThreadedResolver, "resolve", hang)
+    monkeypatch.setattr(loop, "getaddrinfo", hang)
     waiting = asyncio.create_task(ask(proxy, "responses", streamed=True, fields={"model": "away"}))
     other = await ask(proxy, "responses", streamed=True)
     assert not waiting.done()
@@ -632,12 +636,16 @@ async def test_f17_after_a_heartbeat_a_refusal_is_in_band(
 async def test_f17_an_overload_without_retry_after_gets_one(
     serve: Serve, upstream: ScriptedUpstream
 ) -> None:
-    """A 503 without a time to wait is passed on with one."""
+    """A 503 without a time to wait in seconds is passed on with one."""
     proxy, baseline = await begin(serve, upstream)
-    upstream.script(json_answer({}, 503))
-    seen = await ask(proxy, "responses", streamed=False)
-    check_error(seen.answer, 503, "upstream_overloaded", "responses")
-    assert int(seen.answer.headers["retry-after"]) >= 1
+    waits = {"": "1", "1": "1", "16500": "17", "soon": "1", "9" * 30: "1000000"}
+    for given, wanted in waits.items():
+        after = [("retry-after-ms", given)] if given else []
+        upstream.script(json_answer({}, 503, after))
+        seen = await ask(proxy, "responses", streamed=False)
+        check_error(seen.answer, 503, "upstream_overloaded", "responses")
+        assert seen.answer.headers["retry-after"] == wanted
+        assert seen.answer.headers.get("retry-after-ms", "") == given
     await check_invariants(proxy, upstream, baseline=baseline, bodies=[seen.answer.body])
 
 
