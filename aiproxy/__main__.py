@@ -84,15 +84,19 @@ def _load(path: Path) -> Loaded | None:
 
 
 def _serve(path: Path, admin: Address | None) -> int:
-    loaded = _load(path)
-    if loaded is None:
+    first = _load(path)
+    if first is None:
         return BAD_USAGE
-    config = loaded.config
-    if admin is not None:
-        config = config.model_copy(update={"admin": admin})
+
+    def overridden(loaded: Loaded) -> Loaded:
+        if admin is None:
+            return loaded
+        return loaded._replace(config=loaded.config.model_copy(update={"admin": admin}))
+
+    from aiproxy.config import load  # noqa: PLC0415 - as above
     from aiproxy.daemon import serve  # noqa: PLC0415 - as above
 
-    return serve(config, [warning.text(path) for warning in loaded.warnings])
+    return serve(str(path), lambda: overridden(load(path, environ=os.environ)), overridden(first))
 
 
 def _check(path: Path) -> int:

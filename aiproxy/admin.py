@@ -1,15 +1,26 @@
-"""The admin listener: metrics and health. Never on the client listener."""
+"""The admin listener: metrics, health, reload, status. Never on the client listener.
+
+Whoever reaches it from another machine sees metrics and health alone. A reload is refused to
+browsers that another site sent (their `Origin`), and under a name that is not ours (DNS that was
+made to point here).
+"""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_address
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from aiproxy import errors, headers
+from aiproxy.config import ConfigError
 from aiproxy.errors import ProxyError
 from aiproxy.listener import check_head
 from aiproxy.metrics import CONTENT_TYPE
 from aiproxy.reply import Reply
+from aiproxy.status import page
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -18,30 +29,60 @@ if TYPE_CHECKING:
 
     from aiproxy.metrics import Metrics
     from aiproxy.proxy import Proxy
+    from aiproxy.reload import Reloader
+    from aiproxy.status import Status
 
 _TEXT = "text/plain; charset=utf-8"
+_JSON = "application/json"
+_HTML = "text/html; charset=utf-8"
+# The page loads nothing and runs nothing, and is shown in no other page.
+_ALONE = (
+    ("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'"),
+    ("X-Frame-Options", "DENY"),
+    ("Cache-Control", "no-store"),
+)
+
+Answer = tuple[int, str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What is at a path, and whether other machines may have it."""
+
+    answer: Callable[[BaseRequest], Awaitable[Answer]]
+    method: str = "GET"
+    public: bool = False
 
 
 class Admin:
     """Answers the requests of the admin listener, which are no exchanges: they are not counted."""
 
-    def __init__(self, metrics: Metrics, proxy: Proxy) -> None:
+    def __init__(
+        self, *, metrics: Metrics, proxy: Proxy, reloader: Reloader, status: Status, host: str
+    ) -> None:
         self._metrics = metrics
         self._proxy = proxy
-        self._paths: dict[str, Callable[[], Awaitable[tuple[int, str, bytes]]]] = {
-            "/metrics": self._scrape,
-            "/-/healthy": self._healthy,
-            "/-/ready": self._ready,
+        self._reloader = reloader
+        self._status = status
+        self._host = host
+        self._places = {
+            "/metrics": _Place(self._scrape, public=True),
+            "/-/healthy": _Place(self._healthy, public=True),
+            "/-/ready": _Place(self._ready, public=True),
+            "/-/reload": _Place(self._reload, "POST"),
+            "/-/config": _Place(self._config),
+            "/-/status": _Place(self._report),
+            "/": _Place(self._page),
         }
 
     async def __call__(self, request: BaseRequest) -> Reply:
         """Answer one request."""
         reply = Reply(request)
+        extra: tuple[tuple[str, str], ...] = _ALONE
         try:
-            status, content_type, body = await self._find(request)()
-            extra: tuple[tuple[str, str], ...] = ()
+            status, content_type, body = await self._find(request).answer(request)
         except ProxyError as error:
-            status, content_type, body = error.status, "application/json", error.render("openai")
+            status, content_type, body = error.status, _JSON, error.render("openai")
             extra = error.headers
             reply.keep_alive = reply.keep_alive and not error.close
         reply.send(
@@ -55,24 +96,85 @@ class Admin:
         )
         return reply
 
-    def _find(self, request: BaseRequest) -> Callable[[], Awaitable[tuple[int, str, bytes]]]:
+    def _find(self, request: BaseRequest) -> _Place:
         path = check_head(request)
-        answer = self._paths.get(path)
-        if answer is None:
+        place = self._places.get(path)
+        if (place is None or not place.public) and not _is_local(request):
+            raise errors.forbidden("From another machine only metrics and health can be asked for.")
+        if place is None:
             raise errors.unknown_url(request.method, path)
-        if request.method not in ("GET", "HEAD"):
-            raise errors.method_not_allowed(request.method, "GET, HEAD")
-        return answer
+        methods = ("GET", "HEAD") if place.method == "GET" else (place.method,)
+        if request.method not in methods:
+            raise errors.method_not_allowed(request.method, ", ".join(methods))
+        return place
 
-    async def _scrape(self) -> tuple[int, str, bytes]:
+    async def _scrape(self, _request: BaseRequest) -> Answer:
         # In a thread: with many series this takes longer than the event loop may stop.
         loop = asyncio.get_running_loop()
         return 200, CONTENT_TYPE, await loop.run_in_executor(None, self._metrics.exposition)
 
-    async def _healthy(self) -> tuple[int, str, bytes]:
+    async def _healthy(self, _request: BaseRequest) -> Answer:
         return 200, _TEXT, b"ok\n"
 
-    async def _ready(self) -> tuple[int, str, bytes]:
+    async def _ready(self, _request: BaseRequest) -> Answer:
         if self._proxy.draining:
             return 503, _TEXT, b"draining\n"
         return 200, _TEXT, b"ready\n"
+
+    async def _reload(self, request: BaseRequest) -> Answer:
+        if "Origin" in request.headers:
+            raise errors.forbidden("A reload cannot be asked for by a web page.")
+        if not self._is_ours(request.headers.getall("Host", [])):
+            raise errors.forbidden("A reload must be asked for by address, or as localhost.")
+        if self._proxy.draining:
+            raise errors.shutting_down()
+        try:
+            reloaded = await self._reloader.reload()
+        except ConfigError as error:
+            raise errors.invalid_configuration(self._reloader.sentences(error.mistakes)) from None
+        done = {
+            "status": "reloaded",
+            "changes": reloaded.changes.document(),
+            "warnings": self._reloader.sentences(reloaded.warnings),
+        }
+        return 200, _JSON, _json(done)
+
+    def _is_ours(self, hosts: list[str]) -> bool:
+        """Whether the Host field is an address, localhost, or the host that was configured."""
+        if len(hosts) != 1:
+            return False
+        name = hosts[0].strip().lower()
+        name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+        return name in ("localhost", self._host.lower()) or _address(name) is not None
+
+    async def _config(self, _request: BaseRequest) -> Answer:
+        config = self._proxy.snapshot.config
+        return 200, _JSON, _json(config.model_dump(mode="json", by_alias=True))
+
+    async def _report(self, _request: BaseRequest) -> Answer:
+        return 200, _JSON, _json(self._status.report())
+
+    async def _page(self, _request: BaseRequest) -> Answer:
+        return 200, _HTML, page(self._status.report())
+
+
+def _json(document: dict[str, Any]) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
+
+
+def _is_local(request: BaseRequest) -> bool:
+    """Whether the peer is on this machine: loopback, or a unix socket."""
+    peer = request._transport_peername  # noqa: SLF001 - `remote` loses the unix case
+    if not isinstance(peer, (list, tuple)):
+        return True
+    address = _address(str(peer[0]).partition("%")[0])
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return address is not None and address.is_loopback
+
+
+def _address(text: str) -> Any:
+    try:
+        return ip_address(text)
+    except ValueError:
+        return None

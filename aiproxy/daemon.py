@@ -1,38 +1,42 @@
-"""One process: sockets, signals, readiness, drain."""
+"""One process: sockets, signals, readiness, reload, drain."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import logging
+import os
 import signal
 import sys
-import time
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvloop
-from aiohttp import web
 
 import aiproxy
 from aiproxy.admin import Admin
 from aiproxy.app import App
+from aiproxy.config import ConfigError
 from aiproxy.listener import Handler, Listener, require_c_parser
 from aiproxy.logs import LibraryHandler, Log, standard_error
 from aiproxy.metrics import Metrics
 from aiproxy.proxy import Proxy
+from aiproxy.reload import Reloader
 from aiproxy.snapshot import Snapshot
+from aiproxy.sockets import Entrance
+from aiproxy.status import Status
+from aiproxy.systemd import Notifier, inherited_sockets
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    import socket
+    from collections.abc import Coroutine, Mapping, Sequence
 
     from structlog.typing import FilteringBoundLogger
 
-    from aiproxy.config import Address, Config
+    from aiproxy.config import Config, Loaded
     from aiproxy.exchange import Exchange
     from aiproxy.logs import Stream
+    from aiproxy.reload import Source
 
-BACKLOG = 4096
 LAG_PERIOD = 0.5  # seconds between two measurements of the event loop's lag
 SWITCH_INTERVAL = 0.001  # seconds: a scrape in a thread may keep the event loop waiting this long
 # A request makes a few hundred objects, nearly all freed by reference counting: with Python's own
@@ -63,29 +67,51 @@ class Daemon:
 
     `start`, then `drain` (what SIGTERM does) or `stop` (at once, in order); `run` does all of it.
 
+    Args:
+        config: what to run.
+        path: of its file, as a reload's mistakes name it.
+        source: reads the file again, for a reload.
+        sockets: listening sockets that systemd passed, by name; `http` takes the place of `listen`.
+        notifier: tells systemd how it goes.
+        log_stream: instead of standard error.
+
     Attributes:
-        listen_port, admin_port: where it listens, once started; 0 on a unix socket.
+        clients, operators: where it listens, once started.
     """
 
-    def __init__(self, config: Config, *, log_stream: Stream | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        path: str,
+        source: Source,
+        sockets: Mapping[str, Sequence[socket.socket]] | None = None,
+        notifier: Notifier | None = None,
+        log_stream: Stream | None = None,
+    ) -> None:
         require_c_parser()
-        self._config = config
         stream, journal = standard_error() if log_stream is None else (log_stream, False)
-        fmt = config.log.format
-        if fmt == "auto":
-            fmt = "console" if log_stream is None and sys.stderr.isatty() else "json"
-        self._log = Log(stream, level=config.log.level, fmt=fmt, journal=journal)
+        self._terminal = log_stream is None and sys.stderr.isatty()
+        level, fmt = config.log.level, self._log_format(config)
+        self._log = Log(stream, level=level, fmt=fmt, journal=journal)
         self._metrics = Metrics()
         self._metrics.watch_log(self._log.dropped)
-        self.listen_port = 0
-        self.admin_port = 0
-        self._proxy: Proxy
-        self._clients: Listener
-        self._snapshot: Snapshot
-        self._runners: list[web.BaseRunner] = []
-        self._sites: list[web.BaseSite] = []
-        self._admin_site: web.BaseSite | None = None  # stays up through the drain
-        self._lag_timer: asyncio.TimerHandle | None = None
+        self._notifier = notifier or Notifier({})
+        self._sockets = dict(sockets or {})
+        self._snapshot = Snapshot(config)
+        recorders = _Recorders(self._metrics, self._log)
+        self._proxy = Proxy(self._snapshot, recorders, self._log.process)
+        self._reloader = Reloader(
+            path,
+            source,
+            self._put,
+            metrics=self._metrics,
+            log=self._log.process,
+            notifier=self._notifier,
+        )
+        self.clients: Entrance
+        self.operators: Entrance  # stays open through the drain
+        self._timers: dict[str, asyncio.TimerHandle] = {}
         self._ended = False
         self._hurry = asyncio.Event()  # binds to no loop before it is awaited
 
@@ -93,33 +119,67 @@ class Daemon:
         """Listen.
 
         Raises:
-            OSError: an address cannot be bound; nothing is left open.
+            OSError: an address cannot be bound, or a socket was passed that has no use; nothing is
+                left open.
         """
-        config = self._config
-        self._snapshot = Snapshot(config)
-        recorders = _Recorders(self._metrics, self._log)
-        self._proxy = Proxy(self._snapshot, recorders, self._log.process)
-        self._clients = self._listener(App(self._proxy))
-        clients = web.ServerRunner(self._clients)
-        operators = web.ServerRunner(self._listener(Admin(self._metrics, self._proxy)))
+        config, proxy = self._snapshot.config, self._proxy
+        listener = self._listener(App(proxy))
+        status = Status(
+            proxy=proxy,
+            reloader=self._reloader,
+            clients=listener,
+            metrics=self._metrics,
+            dropped=self._log.dropped,
+        )
+        admin = Admin(
+            metrics=self._metrics,
+            proxy=proxy,
+            reloader=self._reloader,
+            status=status,
+            host=config.admin.host,
+        )
+        self.clients, self.operators = Entrance(listener), Entrance(self._listener(admin))
         try:
-            self.admin_port = await self._listen(operators, config.admin)
-            self._admin_site = self._sites[-1]
-            self.listen_port = await self._listen(clients, config.listen)
+            await self._open_sockets(config)
         except OSError:
             await self._close_sockets()
             raise
-        self._metrics.configured(config.upstreams, time.time())
+        self._reloader.begin(self._snapshot)
+        status.listen, status.admin = self.clients.place, self.operators.place
         self._measure_lag(None)
         self.log.info(
             "started",
             version=aiproxy.__version__,
-            listen=str(self._bound(config.listen, self.listen_port)),
-            admin=str(self._bound(config.admin, self.admin_port)),
+            listen=status.listen,
+            admin=status.admin,
             upstreams=len(config.upstreams),
             routes=len(config.routes),
             keys=len(config.keys),
         )
+        self._notifier.ready(self._reloader.status)
+        self._feed_watchdog()
+
+    def _put(self, snapshot: Snapshot) -> None:
+        """Put a configuration in force; awaits nothing."""
+        self._snapshot = snapshot
+        self._proxy.put(snapshot)
+        config = snapshot.config
+        self._log.configure(level=config.log.level, fmt=self._log_format(config))
+        for entrance in (self.clients, self.operators):
+            entrance.listener.bound(**_bounds(config))
+
+    def _log_format(self, config: Config) -> str:
+        fmt = config.log.format
+        return ("console" if self._terminal else "json") if fmt == "auto" else fmt
+
+    async def reload(self) -> None:
+        """Read the file again, as SIGHUP does; what comes of it is in the log."""
+        try:
+            await self._reloader.reload()
+        except ConfigError:
+            pass  # is in the log, each mistake; the configuration in force stays
+        except Exception as error:
+            self.log.error("bug", exc_info=error)  # noqa: TRY400 - the daemon goes on
 
     @property
     def log(self) -> FilteringBoundLogger:
@@ -134,41 +194,36 @@ class Daemon:
         """Write what waits; for an end that no drain precedes."""
         self._log.close()
 
-    @staticmethod
-    def _bound(address: Address, port: int) -> Address:
-        """The address with the port that the kernel chose for port 0."""
-        return replace(address, port=port)
-
     def _listener(self, handler: Handler) -> Listener:
-        config = self._config
         return Listener(
             handler,
             self._proxy.refuse,
             self._proxy.turn_away,
-            max_connections=config.max_connections,
-            client_header=config.timeouts.client_header,
-            client_write=config.timeouts.client_write,
-            keepalive=config.client_keepalive,
+            **_bounds(self._snapshot.config),
         )
 
-    async def _listen(self, runner: web.BaseRunner, address: Address) -> int:
-        await runner.setup()
-        self._runners.append(runner)
-        site: web.BaseSite
-        if address.path is not None:
-            site = web.UnixSite(runner, address.path, backlog=BACKLOG)
-        else:
-            site = web.TCPSite(runner, address.host, address.port, backlog=BACKLOG)
-        await site.start()
-        self._sites.append(site)
-        return int(site.port) if isinstance(site, web.TCPSite) else 0
+    async def _open_sockets(self, config: Config) -> None:
+        unknown = ", ".join(repr(name) for name in self._sockets if name != "http")
+        if unknown:
+            raise OSError(f"systemd passed sockets named {unknown}; only 'http' has a use")
+        await self.operators.open(config.admin)
+        await self.clients.open(config.listen, self._sockets.get("http", ()))
 
     def _measure_lag(self, due: float | None) -> None:
         loop = asyncio.get_running_loop()
         now = loop.time()
         if due is not None:
             self._metrics.loop_lag.observe(max(0.0, now - due))
-        self._lag_timer = loop.call_at(now + LAG_PERIOD, self._measure_lag, now + LAG_PERIOD)
+        then = now + LAG_PERIOD
+        self._timers["lag"] = loop.call_at(then, self._measure_lag, then)
+
+    def _feed_watchdog(self) -> None:
+        """A sign of life from the event loop: one that is stuck gives none, and is restarted."""
+        if self._notifier.watchdog is not None:
+            self._notifier.alive()
+            loop = asyncio.get_running_loop()
+            period = self._notifier.watchdog / 2  # sd_watchdog_enabled(3)
+            self._timers["watchdog"] = loop.call_later(period, self._feed_watchdog)
 
     # -- the end
 
@@ -181,16 +236,15 @@ class Daemon:
         if self._ended:
             return
         self._ended = True
-        config, proxy = self._config.drain, self._proxy
+        config, proxy = self._snapshot.config.drain, self._proxy
         before = set(proxy.live)
         proxy.drain()
+        self._notifier.stopping(f"Draining {len(before)} requests")
         self.log.info("draining", in_flight=len(before))
         await self._first(self._hurry.wait(), deadline=self._now() + config.delay)
         before |= proxy.live
         proxy.refusing = True
-        for site in self._sites:
-            if site is not self._admin_site:
-                await site.stop()
+        await self.clients.stop()
         deadline = self._now() + (config.timeout or float("inf"))
         await self._until_idle(deadline)
         await self._until_sent(deadline)
@@ -211,7 +265,9 @@ class Daemon:
 
     async def _until_sent(self, deadline: float) -> None:
         """Answers that are complete may still wait for slow clients to take their last bytes."""
-        while self._clients.unsent() and self._now() < deadline and not self._hurry.is_set():
+        while (
+            self.clients.listener.unsent() and self._now() < deadline and not self._hurry.is_set()
+        ):
             await self._first(self._hurry.wait(), deadline=self._now() + SENT_PERIOD)
 
     def hurry(self) -> None:
@@ -237,16 +293,15 @@ class Daemon:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _close(self) -> None:
-        if self._lag_timer is not None:
-            self._lag_timer.cancel()
         await self._close_sockets()
+        for timer in self._timers.values():
+            timer.cancel()
         self.log.info("stopped")
         self._log.close()
 
     async def _close_sockets(self) -> None:
-        for runner in reversed(self._runners):
-            await runner.cleanup()
-        self._runners.clear()
+        await self.clients.close()
+        await self.operators.close()
         self._snapshot.close()
         await asyncio.sleep(0)  # in which the event loop closes what was aborted
 
@@ -255,40 +310,62 @@ class Daemon:
     async def run(self) -> None:
         """Serve until a signal, then drain; a second signal ends at once."""
         loop = asyncio.get_running_loop()
-        asked_to_end = asyncio.Event()
+        asked_to_end, asked_to_reload = asyncio.Event(), asyncio.Event()
 
-        def on_signal() -> None:
+        def on_end() -> None:
             if asked_to_end.is_set():
                 self.hurry()
             asked_to_end.set()
 
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, on_signal)
+            loop.add_signal_handler(number, on_end)
+        loop.add_signal_handler(signal.SIGHUP, asked_to_reload.set)
         await self.start()
         gc.collect()
         gc.freeze()  # what is there now stays: it need not be looked at again
         gc.set_threshold(*GC_THRESHOLDS)
-        await asked_to_end.wait()
+        while not asked_to_end.is_set():
+            await self._first(asked_to_end.wait(), asked_to_reload.wait(), deadline=float("inf"))
+            if asked_to_reload.is_set() and not asked_to_end.is_set():
+                asked_to_reload.clear()
+                await self.reload()
         await self.drain()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(number)
 
 
-def serve(config: Config, warnings: Sequence[str]) -> int:
+def _bounds(config: Config) -> dict[str, Any]:
+    """What a listener takes from a configuration."""
+    return {
+        "max_connections": config.max_connections,
+        "client_header": config.timeouts.client_header,
+        "client_write": config.timeouts.client_write,
+        "keepalive": config.client_keepalive,
+    }
+
+
+def serve(path: str, source: Source, loaded: Loaded) -> int:
     """Run the daemon until it is told to end.
 
     Args:
-        config: what to run.
-        warnings: sentences to log at the start.
+        path: of the file, as mistakes name it.
+        source: reads it again, for a reload.
+        loaded: what it said at first.
 
     Returns:
         The exit code: 0 after a clean end, 1 when it could not listen.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
-    daemon = Daemon(config)
+    notifier = Notifier(os.environ)
+    try:
+        sockets = inherited_sockets(os.environ)
+    except OSError as error:
+        sys.stderr.write(f"aiproxy: {error}\n")
+        return 1
+    daemon = Daemon(loaded.config, path=path, source=source, sockets=sockets, notifier=notifier)
     logging.getLogger().addHandler(daemon.library_handler())
-    for warning in warnings:
-        daemon.log.warning("configuration", warning=warning)
+    for warning in loaded.warnings:
+        daemon.log.warning("configuration", warning=warning.text(path))
     try:
         uvloop.run(daemon.run())
     except OSError as error:

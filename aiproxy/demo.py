@@ -20,7 +20,7 @@ import aiohttp
 import uvloop
 
 from aiproxy import sse
-from aiproxy.config import loads
+from aiproxy.config import Loaded, loads
 from aiproxy.daemon import Daemon
 from aiproxy.demo_upstream import SampleUpstream
 
@@ -110,14 +110,14 @@ async def _run(*, once: bool) -> None:
         )
         environ = {"SAMPLE_CREDENTIAL": credential}
         config = loads(text, path=Path("demo.yaml"), environ=environ).config
-        daemon = Daemon(config, log_stream=log)
+        daemon = Daemon(config, path="demo", source=lambda: Loaded(config, []), log_stream=log)
         await daemon.start()
         try:
             _say(
                 "A sample upstream and aiproxy itself, started in this process for this run only:\n"
                 f"  sample upstream  {upstream.url}  (no model: it counts words, one is a token)\n"
-                f"  aiproxy          http://127.0.0.1:{daemon.listen_port}/v1\n"
-                f"  its metrics      http://127.0.0.1:{daemon.admin_port}/metrics\n"
+                f"  aiproxy          http://127.0.0.1:{daemon.clients.port}/v1\n"
+                f"  its metrics      http://127.0.0.1:{daemon.operators.port}/metrics\n"
             )
             async with aiohttp.ClientSession(
                 timeout=aiohttp.ClientTimeout(total=PATIENCE), trust_env=False
@@ -126,7 +126,7 @@ async def _run(*, once: bool) -> None:
             if once:
                 _say("Without --once it now goes on serving, and prints a curl line to try.")
             else:
-                _invite(daemon.listen_port, key)
+                _invite(daemon.clients.port, key)
                 await log.follow()
         finally:
             await daemon.stop()
@@ -179,8 +179,8 @@ class _Client:
 
     def __init__(self, session: aiohttp.ClientSession, daemon: Daemon, key: str) -> None:
         self._session = session
-        self._responses = f"http://127.0.0.1:{daemon.listen_port}/v1/responses"
-        self._metrics = f"http://127.0.0.1:{daemon.admin_port}/metrics"
+        self._responses = f"http://127.0.0.1:{daemon.clients.port}/v1/responses"
+        self._metrics = f"http://127.0.0.1:{daemon.operators.port}/metrics"
         self._headers = {"Authorization": f"Bearer {key}"}
 
     async def turn(self, conversation: list[dict[str, Any]]) -> dict[str, Any]:

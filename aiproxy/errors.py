@@ -10,9 +10,12 @@ Shapes: OpenAI's error object (API reference, "Error codes") and, on `/v1/messag
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Outcome = Literal[
     "completed",
@@ -337,6 +340,19 @@ def upstream_timeout(what: str) -> ProxyError:
         headers=(("x-should-retry", "false"),),
         outcome="upstream_timeout",
     )
+
+
+# -- operators
+
+
+def forbidden(why: str) -> ProxyError:
+    """The admin listener does not do this for everybody."""
+    return ProxyError(403, INVALID, "forbidden", why)
+
+
+def invalid_configuration(mistakes: Sequence[str]) -> ProxyError:
+    """A reload found mistakes in the file; the configuration in force stays."""
+    return ProxyError(400, INVALID, "invalid_configuration", "\n".join(mistakes))
 
 
 # -- this process

@@ -90,11 +90,22 @@ class Listener(web.Server):
         )
         self.refuse = refuse
         self.turn_away = turn_away
+        self.bound(
+            max_connections=max_connections,
+            client_header=client_header,
+            client_write=client_write,
+            keepalive=keepalive,
+        )
+        self.count = 0
+
+    def bound(
+        self, *, max_connections: int, client_header: float, client_write: float, keepalive: float
+    ) -> None:
+        """Other bounds, for connections and heads that come from now on."""
         self.max_connections = max_connections
         self.client_header = client_header
         self.client_write = client_write
         self.keepalive = keepalive
-        self.count = 0
 
     def _request(self, message: RawRequestMessage, *rest: Any) -> BaseRequest:
         return self._make_request(_UNPARSED if message is ERROR else message, *rest)

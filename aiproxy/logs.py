@@ -36,6 +36,7 @@ _GATHER = 0.01  # seconds; waking the thread for each line would cost more than 
 _RETRY = 0.02  # seconds between attempts at a non-blocking stream that is full
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+_HIGHEST = 50
 # Severities of syslog(3), which journald reads from a "<N>" at the start of a line.
 _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 
@@ -124,22 +125,38 @@ class Log:
             journal: begin each line with its syslog priority.
         """
         self._writer = LineWriter(stream)
-        self._requests_logged = _LEVELS[level] <= _LEVELS["info"]
         self._journal = journal
-        self._json = fmt == "json"
-        renderer = self._render_json if self._json else self._render_console
+        self.configure(level=level, fmt=fmt)
         self.process: FilteringBoundLogger = structlog.wrap_logger(
             self._writer,
             processors=[
+                self._filter,  # here, since a reload may change the level
                 structlog.processors.add_log_level,
                 structlog.processors.TimeStamper(fmt="iso", utc=True),
                 structlog.processors.format_exc_info,
-                renderer,
+                self._render,
             ],
-            wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
+            wrapper_class=structlog.make_filtering_bound_logger(0),
             cache_logger_on_first_use=True,
         )
         self._console = structlog.dev.ConsoleRenderer(colors=False)
+
+    def configure(self, *, level: str, fmt: str) -> None:
+        """From now on; see `__init__`."""
+        self._least = _LEVELS[level]
+        self._requests_logged = self._least <= _LEVELS["info"]
+        self._json = fmt == "json"
+
+    def _filter(
+        self, _logger: WrappedLogger, method: str, event: MutableMapping[str, Any]
+    ) -> MutableMapping[str, Any]:
+        if _LEVELS.get(method, _HIGHEST) < self._least:
+            raise structlog.DropEvent
+        return event
+
+    def _render(self, logger: WrappedLogger, method: str, event: MutableMapping[str, Any]) -> bytes:
+        render = self._render_json if self._json else self._render_console
+        return render(logger, method, event)
 
     def dropped(self) -> int:
         """Lines that were dropped so far."""

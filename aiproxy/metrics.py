@@ -170,6 +170,18 @@ class Metrics:
         for name in upstreams:
             self._available[(name,)].set(1)
 
+    def reload_failed(self) -> None:
+        """A configuration was refused; the one in force stays."""
+        self._reload_ok.set(0)
+
+    def requests_by_outcome(self) -> dict[str, int]:
+        """Requests that ended, since the start."""
+        return _added_up(self._requests.metric, "outcome")
+
+    def tokens_by_type(self) -> dict[str, int]:
+        """Tokens since the start."""
+        return _added_up(self._tokens.metric, "type")
+
     def watch_log(self, dropped: Callable[[], int]) -> None:
         """Take the number of dropped log lines from the log itself, at each scrape."""
         self.registry.register(_Dropped(dropped))
@@ -177,6 +189,16 @@ class Metrics:
     def exposition(self) -> bytes:
         """All metrics in the text format that Prometheus scrapes. May take tens of milliseconds."""
         return generate_latest(self.registry)
+
+
+def _added_up(metric: Counter, label: str) -> dict[str, int]:
+    """A counter's series, added up by one of its labels."""
+    found: dict[str, int] = {}
+    for family in metric.collect():
+        for sample in family.samples:
+            value = sample.labels[label]
+            found[value] = found.get(value, 0) + int(sample.value)
+    return dict(sorted(found.items()))
 
 
 class _Dropped(Collector):

@@ -46,7 +46,7 @@ class Proxy:
     """All requests of one daemon.
 
     Attributes:
-        snapshot: the configuration in force; a reload swaps it.
+        snapshot: the configuration in force; a reload puts another.
         live: the requests in flight.
         draining: connections are closed after their answer.
         refusing: new requests are answered 503.
@@ -63,6 +63,16 @@ class Proxy:
         self.draining = False
         self.refusing = False
         self.idle = asyncio.Event()
+
+    def put(self, snapshot: Snapshot) -> None:
+        """Requests that begin from now on are under this configuration."""
+        self.snapshot = snapshot
+        self._buffered.limit = snapshot.config.max_buffered
+
+    @property
+    def held(self) -> int:
+        """Bytes of request bodies in memory."""
+        return self._buffered.held
 
     def drain(self) -> None:
         """From now on connections are closed after their answers, also after those under way."""

@@ -13,19 +13,40 @@ from aiproxy.routes import Router
 from aiproxy.upstream import Client
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from aiohttp.web_request import BaseRequest
 
-    from aiproxy.config import Config
+    from aiproxy.config import Config, Upstream
 
 
 class Snapshot:
-    """A configuration in force, with its look-ups and its upstream connections."""
+    """A configuration in force, with its look-ups and its upstream connections.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        config: what it follows from.
+        before: the snapshot that this one takes the place of. Of an upstream that is the same in
+            both the connections are kept.
+    """
+
+    def __init__(self, config: Config, before: Snapshot | None = None) -> None:
         self.config = config
         self.keyring = Keyring(config.keys.values())
         self.router = Router(config.routes, config.keys.values())
-        self.clients = {name: Client(upstream) for name, upstream in config.upstreams.items()}
+        known: Mapping[str, Client] = {} if before is None else before.clients
+        self.clients: dict[str, Client] = {
+            name: _client(upstream, known.get(name)) for name, upstream in config.upstreams.items()
+        }
+
+    def retire(self, after: Snapshot) -> None:
+        """Another snapshot is in force: keep no connection that it has not taken over.
+
+        Requests that are still under this one go on, and may even connect anew.
+        """
+        kept = set(map(id, after.clients.values()))
+        for client in self.clients.values():
+            if id(client) not in kept:
+                client.retire()
 
     def close(self) -> None:
         """Close all upstream connections."""
@@ -61,6 +82,16 @@ class Snapshot:
         except ValueError:
             return False
         return any(parsed in network for network in self.config.trusted_proxies)
+
+
+def _client(upstream: Upstream, known: Client | None) -> Client:
+    """What asks an upstream: the one that asked it before, if nothing of it is another.
+
+    The file of its authorities may have another content under the same name, hence is read again.
+    """
+    if known is not None and known.upstream == upstream and upstream.ca_file is None:
+        return known
+    return Client(upstream)
 
 
 def _is_address(text: str) -> bool:

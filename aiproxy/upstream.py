@@ -118,6 +118,15 @@ class Client:
             query.append(f"beta={quote(beta, safe='')}")
         return f"{base}{path}?{'&'.join(query)}" if query else f"{base}{path}"
 
+    @property
+    def origin(self) -> str:
+        """Scheme, host and port."""
+        return str(self._base.origin())
+
+    def retire(self) -> None:
+        """Keep no connection from now on; those in use go on."""
+        self.pool.retire()
+
     def close(self) -> None:
         """Close all connections."""
         self.pool.close()

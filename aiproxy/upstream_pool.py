@@ -159,15 +159,25 @@ class Pool:
         if self._sweeper is None:
             self._sweeper = loop.call_later(self._keep, self._sweep)
 
-    def close(self) -> None:
-        """Close all connections, those in use too."""
-        self._addresses.close()
+    def retire(self) -> None:
+        """Close what is unused, and keep nothing from now on."""
+        self._keep = 0
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
-        self._idle.clear()
+        while self._idle:
+            self._idle.pop()[0].abort()
+
+    def close(self) -> None:
+        """Close all connections, those in use too."""
+        self._addresses.close()
+        self.retire()
         for connection in list(self._open):
             connection.abort()
+
+    def count(self) -> tuple[int, int]:
+        """How many connections there are, and how many of them are unused."""
+        return len(self._open), sum(not connection.closed for connection, _ in self._idle)
 
     async def _connect(self) -> Connection:
         loop = asyncio.get_running_loop()

@@ -16,7 +16,7 @@ from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from aiproxy.config import loads
+from aiproxy.config import Loaded, loads
 from aiproxy.daemon import Daemon
 from client import Answer, Fields, RawClient
 
@@ -146,17 +146,27 @@ class Proxy:
     key = TEAM_A
     other_key = TEAM_B
 
-    def __init__(self, config: "Config") -> None:
+    def __init__(self, text: str, environ: Mapping[str, str] | None = None, **options: Any) -> None:
+        self.text = text  # of the file; a reload reads what it is then
+        self.environ = {"UPSTREAM_KEY": CREDENTIAL, **(environ or {})}
         self.tap = LogTap()
-        self.daemon = Daemon(config, log_stream=self.tap)
+        loaded = self._load()
+        self.daemon = Daemon(
+            loaded.config, path="test.yaml", source=self._load, log_stream=self.tap, **options
+        )
         self._clients: list[RawClient] = []
 
     @classmethod
-    async def start(cls, text: str, environ: Mapping[str, str] | None = None) -> Self:
-        """Start a daemon with this YAML."""
-        proxy = cls(load(text, environ))
+    async def start(
+        cls, text: str, environ: Mapping[str, str] | None = None, **options: Any
+    ) -> Self:
+        """Start a daemon with this YAML; options as of `Daemon`."""
+        proxy = cls(text, environ, **options)
         await proxy.daemon.start()
         return proxy
+
+    def _load(self) -> Loaded:
+        return loads(self.text, path=Path("test.yaml"), environ=self.environ)
 
     async def stop(self) -> None:
         """End the daemon at once, in order, after the clients of the test."""
@@ -166,7 +176,7 @@ class Proxy:
     @property
     def port(self) -> int:
         """The port of the client listener."""
-        return int(self.daemon.listen_port)
+        return int(self.daemon.clients.port)
 
     @property
     def url(self) -> str:
@@ -229,7 +239,7 @@ class Proxy:
 
     async def admin(self, path: str, method: str = "GET", body: bytes | None = None) -> Answer:
         """Ask the admin listener."""
-        async with await RawClient.connect(int(self.daemon.admin_port)) as client:
+        async with await RawClient.connect(int(self.daemon.operators.port)) as client:
             await client.request(method, path, (), body)
             return await client.answer()
 

@@ -289,7 +289,7 @@ async def test_a_closed_connection_does_not_wait_for_ever(
     )
     client.pause()
     assert (await line_of(proxy, request_id))["outcome"] == "completed"
-    clients = proxy.daemon._clients
+    clients = proxy.daemon.clients.listener
     assert clients.count == 1
     assert clients.unsent() > 0
 

@@ -50,9 +50,7 @@ async def serve(upstream: ScriptedUpstream) -> AsyncIterator[Serve]:
 
     yield start
     for proxy in proxies:
-        await proxy.close_clients()
-        if proxy.daemon._runners:
-            await proxy.stop()
+        await proxy.stop()
 
 
 async def open_stream(

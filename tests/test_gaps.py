@@ -239,7 +239,7 @@ async def test_a_stuck_clients_connection_is_dropped_at_once(
     client.pause()
 
     async def dropped() -> None:
-        assert proxy.daemon._clients.count == 0
+        assert proxy.daemon.clients.listener.count == 0
 
     await eventually(lambda: logged(proxy, 1), 5)
     await eventually(dropped, 0.5)
@@ -263,14 +263,14 @@ async def test_a_kept_connection_whose_client_takes_nothing_is_dropped(
     client.pause()
     call = await behind(proxy, len(first), blocked=False)
     async with asyncio.timeout(5):
-        while not proxy.daemon._clients.unsent():  # until all that the kernel takes is full
+        while not proxy.daemon.clients.listener.unsent():  # until all that the kernel takes is full
             call.reply.write(COMMENT * 500)
             await asyncio.sleep(0.001)
     gate.set()
 
     async def dropped() -> None:
         assert [line["outcome"] for line in proxy.request_logs()] == ["completed"]
-        assert proxy.daemon._clients.count == 0
+        assert proxy.daemon.clients.listener.count == 0
 
     await eventually(dropped)
 

@@ -18,7 +18,9 @@ LAYERS = [
     "exchange",
     CONNECTED,
     "snapshot call relay proxy",
-    "app admin",
+    "reload app sockets",
+    "status",
+    "admin",
     "daemon",
     "demo demo_upstream __main__",
 ]

@@ -341,7 +341,7 @@ async def test_nobody_says_what_serves(serve: Serve) -> None:
 async def test_nobody_says_what_refuses(listener: str, serve: Serve) -> None:
     """Nor has the answer to what is no HTTP."""
     proxy = await serve()
-    port = proxy.port if listener == "client" else int(proxy.daemon.admin_port)
+    port = proxy.port if listener == "client" else proxy.daemon.operators.port
     async with await RawClient.connect(port) as client:
         await client.send(b"no HTTP\r\n\r\n")
         async with asyncio.timeout(3):

@@ -4,6 +4,7 @@
 route, an upstream or a key is to the rest of aiproxy is what the file says of it.
 """
 
+from aiproxy.config.changes import Changes, changes, pinned
 from aiproxy.config.document import ConfigError, Mistake
 from aiproxy.config.globs import glob_covers
 from aiproxy.config.load import Loaded, load, loads
@@ -30,6 +31,7 @@ from aiproxy.config.upstream import Timeouts, Upstream
 __all__ = [
     "Address",
     "Breaker",
+    "Changes",
     "Config",
     "ConfigError",
     "Drain",
@@ -49,9 +51,11 @@ __all__ = [
     "Timeouts",
     "Tracing",
     "Upstream",
+    "changes",
     "glob_covers",
     "json_schema",
     "load",
     "loads",
     "parse_address",
+    "pinned",
 ]

@@ -1,0 +1,212 @@
+"""How the daemon is: one report, as data and as a page for people.
+
+It has names from the configuration, numbers and times; no key, no hash, no credential.
+"""
+
+from __future__ import annotations
+
+import html
+import platform
+from collections import Counter
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import aiproxy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from aiproxy.config import Config, Key
+    from aiproxy.listener import Listener
+    from aiproxy.metrics import Metrics
+    from aiproxy.proxy import Proxy
+    from aiproxy.reload import Reloader
+
+Report = dict[str, Any]
+
+
+class Status:
+    """Makes the report.
+
+    Attributes:
+        listen, admin: where the daemon listens, once it does.
+    """
+
+    def __init__(
+        self,
+        *,
+        proxy: Proxy,
+        reloader: Reloader,
+        clients: Listener,
+        metrics: Metrics,
+        dropped: Callable[[], int],
+    ) -> None:
+        self._proxy = proxy
+        self._reloader = reloader
+        self._clients = clients
+        self._metrics = metrics
+        self._dropped = dropped
+        self._started = datetime.now(UTC)
+        self.listen = ""
+        self.admin = ""
+
+    def report(self) -> Report:
+        """Everything, as plain data; times are RFC 3339, durations seconds, sizes bytes."""
+        proxy, config = self._proxy, self._proxy.snapshot.config
+        now = datetime.now(UTC)
+        exchanges = [call.exchange for call in proxy.live]
+        failed = self._reloader.failed_at
+        return {
+            "version": aiproxy.__version__,
+            "python": platform.python_version(),
+            "state": "draining" if proxy.draining else "ready",
+            "started": _time(self._started),
+            "uptime_s": round((now - self._started).total_seconds(), 3),
+            "listen": self.listen,
+            "admin": self.admin,
+            "configuration": {
+                "loaded": _time(self._reloader.loaded_at),
+                "last_reload_failed": None if failed is None else _time(failed),
+            },
+            "connections": self._clients.count,
+            "max_connections": config.max_connections,
+            "buffered_bytes": proxy.held,
+            "max_buffered_bytes": config.max_buffered,
+            "in_flight": len(exchanges),
+            "in_flight_by_endpoint": _counted(exchange.endpoint for exchange in exchanges),
+            "requests": self._metrics.requests_by_outcome(),
+            "tokens": self._metrics.tokens_by_type(),
+            "log_dropped": self._dropped(),
+            "upstreams": self._upstreams(Counter(exchange.upstream for exchange in exchanges)),
+            "routes": _routes(config),
+            "keys": _keys(config, Counter(exchange.key for exchange in exchanges), now),
+        }
+
+    def _upstreams(self, in_flight: Mapping[str, int]) -> list[Report]:
+        found = []
+        for name, client in self._proxy.snapshot.clients.items():
+            connections, unused = client.pool.count()
+            found.append(
+                {
+                    "name": name,
+                    "origin": client.origin,
+                    "apis": sorted(client.upstream.apis),
+                    "in_flight": in_flight[name],
+                    "connections": connections,
+                    "unused_connections": unused,
+                }
+            )
+        return found
+
+
+def _routes(config: Config) -> list[Report]:
+    return [
+        {"model": route.model, "upstreams": [target.name for target in route.targets]}
+        for route in config.routes
+    ]
+
+
+def _keys(config: Config, in_flight: Mapping[str, int], now: datetime) -> list[Report]:
+    return [
+        {"name": name, "state": _state(key, now), "in_flight": in_flight[name]}
+        for name, key in config.keys.items()
+    ]
+
+
+def _state(key: Key, now: datetime) -> str:
+    if key.disabled:
+        return "disabled"
+    return "expired" if key.expires is not None and now >= key.expires else "valid"
+
+
+def _counted(values: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(values).items()))
+
+
+def _time(moment: datetime) -> str:
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+# -- the page
+
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem;
+  color: #1c2024; background: #fff }
+h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin: 1.6rem 0 .4rem }
+table { border-collapse: collapse; width: 100% }
+th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #d9dee3;
+  vertical-align: top; overflow-wrap: anywhere }
+th { font-weight: 600 } tbody th { width: 16rem; font-weight: 400; color: #57606a }
+.draining, .failed { color: #a40e26; font-weight: 600 } .ready { color: #116329; font-weight: 600 }
+@media (prefers-color-scheme: dark) {
+  body { color: #e6e9ec; background: #14171a } th, td { border-color: #363c42 }
+  tbody th { color: #9aa4ad } .draining, .failed { color: #ff8182 } .ready { color: #4ac26b } }
+"""
+
+_LINKS = (
+    '<p><a href="metrics">metrics</a> · <a href="-/config">configuration in force</a> · '
+    '<a href="-/status">this page as JSON</a></p>'
+)
+
+
+def page(report: Report) -> bytes:
+    """The report as HTML: no script, nothing from elsewhere."""
+    state = report["state"]
+    failed = report["configuration"]["last_reload_failed"]
+    facts: list[tuple[str, str]] = [
+        ("State", f'<span class="{state}">{state}</span>'),
+        ("Started", _text(f"{report['started']} ({report['uptime_s']:.0f} s ago)")),
+        ("Clients, operators", _text(f"{report['listen']}, {report['admin']}")),
+        ("Configuration of", _text(report["configuration"]["loaded"])),
+        (
+            "Last reload",
+            f'<span class="failed">failed at {_text(failed)}</span>' if failed else "good",
+        ),
+        ("Connections", _text(f"{report['connections']} of {report['max_connections']}")),
+        ("Requests in flight", _text(report["in_flight"])),
+        (
+            "Bytes of request bodies",
+            _text(f"{report['buffered_bytes']} of {report['max_buffered_bytes']}"),
+        ),
+        ("Log lines dropped", _text(report["log_dropped"])),
+    ]
+    body = "".join(
+        (
+            f"<h1>aiproxy {_text(report['version'])}</h1>",
+            _facts(facts),
+            "<h2>Requests since the start</h2>",
+            _facts([(name, _text(count)) for name, count in report["requests"].items()]),
+            "<h2>Tokens since the start</h2>",
+            _facts([(name, _text(count)) for name, count in report["tokens"].items()]),
+            *(
+                f"<h2>{name.capitalize()}</h2>{_table(report[name])}"
+                for name in ("upstreams", "routes", "keys")
+            ),
+            _LINKS,
+        )
+    )
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>aiproxy: {state}'
+        f"</title><style>{_STYLE}</style></head><body>{body}</body></html>\n"
+    ).encode()
+
+
+def _facts(rows: list[tuple[str, str]]) -> str:
+    if not rows:
+        return "<p>None.</p>"
+    lines = "".join(f"<tr><th>{_text(name)}</th><td>{value}</td></tr>" for name, value in rows)
+    return f"<table><tbody>{lines}</tbody></table>"
+
+
+def _table(rows: list[Report]) -> str:
+    if not rows:
+        return "<p>None.</p>"
+    head = "".join(f"<th>{_text(name.replace('_', ' '))}</th>" for name in rows[0])
+    lines = "".join(
+        f"<tr>{''.join(f'<td>{_text(value)}</td>' for value in row.values())}</tr>" for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+
+
+def _text(value: object) -> str:
+    return html.escape(", ".join(map(str, value)) if isinstance(value, list) else str(value))
