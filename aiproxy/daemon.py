@@ -139,12 +139,12 @@ class Daemon:
             host=config.admin.host,
         )
         self.clients, self.operators = Entrance(listener), Entrance(self._listener(admin))
+        self._reloader.begin(self._snapshot)
         try:
             await self._open_sockets(config)
         except OSError:
             await self._close_sockets()
             raise
-        self._reloader.begin(self._snapshot)
         status.listen, status.admin = self.clients.place, self.operators.place
         self._measure_lag(None)
         self.log.info(

@@ -73,6 +73,9 @@ _as_text = PlainSerializer(str, return_type=str, when_used="json")
 _without_password = PlainSerializer(
     lambda store: HIDDEN if "@" in store else store, return_type=str
 )
+_without_query = PlainSerializer(
+    lambda url: f"{url.partition('?')[0]}?{HIDDEN}" if "?" in url else url, return_type=str
+)
 _hidden = PlainSerializer(lambda _: HIDDEN, return_type=str)
 
 Duration = Annotated[
@@ -112,7 +115,7 @@ Expiry = Annotated[
 Count = Annotated[int, Field(strict=True, ge=1, le=1_000_000_000)]
 Name = Annotated[str, StringConstraints(pattern=texts.NAME)]
 ModelName = Annotated[str, AfterValidator(texts.model)]
-Url = Annotated[str, AfterValidator(texts.url)]
+Url = Annotated[str, AfterValidator(texts.url), _without_query]
 AbsolutePath = Annotated[Path, BeforeValidator(_absolute, json_schema_input_type=str)]
 Variable = Annotated[
     str, AfterValidator(texts.variable), Field(json_schema_extra={"pattern": texts.VARIABLE})
