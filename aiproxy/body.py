@@ -12,6 +12,8 @@ from aiproxy import errors
 from aiproxy.coding import CODINGS, Decoder, UndecodableError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from aiohttp.web_request import BaseRequest
 
 _SLICE = 1 << 20  # bytes inflated at a time
@@ -88,31 +90,40 @@ async def receive(request: BaseRequest, hold: Hold, limit: int) -> bytes:
         raise errors.invalid_http("The request body is not well-formed HTTP/1.1.") from None
     body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
     if encoding in CODINGS:
-        loop = asyncio.get_running_loop()
-        body = await loop.run_in_executor(None, inflate, body, encoding, limit)
-        hold.take(len(body))
+        body = await _inflated(body, encoding, hold, limit)
     return body
 
 
-def inflate(body: bytes, coding: str, limit: int) -> bytes:
-    """The body decoded; runs in a thread, since it may take tens of milliseconds.
+async def _inflated(body: bytes, coding: str, hold: Hold, limit: int) -> bytes:
+    """The body decoded, in a thread: it may take tens of milliseconds.
+
+    Each slice is accounted for as it comes: many bodies that grow at once are not in memory unseen.
+    """
+    loop = asyncio.get_running_loop()
+    slices = inflate(body, coding, limit)
+    out: list[bytes] = []
+    while piece := await loop.run_in_executor(None, next, slices, b""):
+        hold.take(len(piece))
+        out.append(piece)
+    return b"".join(out)
+
+
+def inflate(body: bytes, coding: str, limit: int) -> Iterator[bytes]:
+    """The slices of a body, decoded; none is empty.
 
     Raises:
-        ProxyError: it does not decode, is not complete, or grows beyond `limit` bytes. What grows
-            is never held beyond the limit and one slice.
+        ProxyError: it does not decode, is not complete, or grows beyond `limit` bytes.
     """
     decoder = Decoder(coding)
     decoder.feed(body)
-    out: list[bytes] = []
     size = 0
     try:
         while piece := decoder.take(_SLICE):
             size += len(piece)
             if size > limit:
                 raise errors.request_too_large(limit)
-            out.append(piece)
+            yield piece
     except UndecodableError:
         raise errors.undecodable_body(coding) from None
     if not decoder.complete:
         raise errors.undecodable_body(coding)
-    return b"".join(out)
