@@ -69,11 +69,7 @@ class Call:
             started=time.monotonic(),
             client=snapshot.client_of(request),
         )
-        self.watch = Watch(
-            asyncio.get_running_loop(),
-            total=snapshot.config.timeouts.total,
-            unsent=self.reply.unsent,
-        )
+        self.watch = Watch(asyncio.get_running_loop(), total=snapshot.config.timeouts.total)
         self.hold = Hold(buffered)
         self.pace = pace
         self.asked: Asked | None = None
@@ -124,6 +120,11 @@ class Call:
         if not self.reply.started:
             self.start_stream()
         self.reply.write(sse.COMMENT)
+
+    def await_client(self) -> None:
+        """From now on it is the client who must take what was sent."""
+        timeout = self.snapshot.config.timeouts.client_write
+        self.watch.enter("client_write", timeout, self.reply.unsent)
 
     def _refuse(self, error: ProxyError) -> None:
         """Tell the client: by a status if none was sent, else by a terminal frame."""

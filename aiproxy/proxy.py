@@ -230,7 +230,7 @@ class Proxy:
         call.answer = await _aside(partial(dialect.answer, body, asked), len(body))
         call.send_json(200, call.answer.body, answer.passed_on())
         if call.reply.blocked:
-            call.watch.enter("client_write", call.snapshot.config.timeouts.client_write)
+            call.await_client()
             await call.reply.drain()
         return call.answer.outcome
 

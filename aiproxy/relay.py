@@ -85,7 +85,7 @@ class Relay:
             call.exchange.first_token = time.monotonic()
         if not call.reply.blocked:
             return False
-        call.watch.enter("client_write", call.snapshot.config.timeouts.client_write)
+        call.await_client()
         await call.reply.drain()
         return True
 

@@ -177,8 +177,10 @@ class Ask:
         watch.enter("connect", timeouts.connect)
         try:
             self._connection = connection = await self._client.pool.acquire()
-            watch.enter("first_byte", timeouts.first_byte)
-            connection.send(self._head, self._body, self._sent)
+            if connection.send(self._head, self._body, self._sent):
+                self._sent()
+            else:  # while the upstream takes the body it is not late
+                watch.enter("first_byte", timeouts.first_byte, connection.unsent)
             answer = await connection.head()
         except Failure as failure:
             raise self._failed(failure) from None
@@ -196,7 +198,7 @@ class Ask:
 
     def _sent(self) -> None:
         """The request's last byte is with the kernel."""
-        if self._answer is None and self._watch.phase == "first_byte":
+        if self._answer is None and self._watch.phase in ("connect", "first_byte"):
             self._watch.enter("first_byte", self._client.timeouts.first_byte)
 
     async def __aexit__(

@@ -96,21 +96,28 @@ class Connection(asyncio.Protocol):
 
     # -- asking
 
-    def send(self, head: bytes, body: bytes, sent: Callable[[], None]) -> None:
-        """Send a request; `sent` is called when the kernel has its last byte."""
+    def send(self, head: bytes, body: bytes, sent: Callable[[], None]) -> bool:
+        """Send a request.
+
+        Returns:
+            Whether that is all; else `sent` is called when the kernel has its last byte.
+        """
         self._begin()
         transport = self._transport
         if transport is None:
             self._fail("reset", CLOSED)
-            return
+            return True
         if len(body) <= JOINED:
             transport.write(head + body)
         else:
             transport.writelines((head, body))
         if self._writing_paused:
             self._sent = sent
-        else:
-            sent()
+        return not self._writing_paused
+
+    def unsent(self) -> int:
+        """Bytes of the request that the kernel has not taken yet."""
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
     async def head(self) -> Head:
         """The head of the final answer.

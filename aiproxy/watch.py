@@ -20,7 +20,7 @@ Reason = Literal[
     "shutting_down", "ended_at_once",
 ]  # fmt: skip
 
-MIN_PROGRESS = 1024  # bytes that a client must take within `client_write`
+MIN_PROGRESS = 1024  # bytes that must be taken within the limit of a phase that sends them
 
 _NEVER = float("inf")
 
@@ -41,7 +41,6 @@ class Watch:
 
     Args:
         total: seconds for all of it; 0 for no bound.
-        unsent: bytes that the client has not taken yet, for the phase `client_write`.
     """
 
     __slots__ = (
@@ -49,11 +48,9 @@ class Watch:
         "_scope", "_sent", "_since", "_total_at", "_unsent", "phase", "reason",
     )  # fmt: skip
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, *, total: float, unsent: Callable[[], int]
-    ) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, total: float) -> None:
         self._loop = loop
-        self._unsent = unsent
+        self._unsent: Callable[[], int] | None = None
         self._scope: asyncio.Timeout | None = asyncio.timeout(None)
         self._handle: asyncio.TimerHandle | None = None
         self._armed_at = _NEVER
@@ -98,13 +95,18 @@ class Watch:
                 raise
             raise Interrupted(self.reason) from None
 
-    def enter(self, phase: Phase, limit: float) -> None:
-        """Go on to another phase, of at most `limit` seconds without activity; 0 for no bound."""
+    def enter(self, phase: Phase, limit: float, unsent: Callable[[], int] | None = None) -> None:
+        """Go on to another phase, of at most `limit` seconds without activity; 0 for no bound.
+
+        `unsent` are the bytes that the other side has not taken yet: in a phase in which they are
+        sent it is activity that they become fewer.
+        """
         self.phase = phase
         self._limit = limit
         self._since = self._loop.time()
-        if phase == "client_write":
-            self._mark = self._unsent()
+        self._unsent = unsent
+        if unsent is not None:
+            self._mark = unsent()
         if limit and self._since + limit < self._armed_at:
             self._arm()
 
@@ -161,7 +163,7 @@ class Watch:
             self.interrupt("total")
             return
         if self._limit and now >= self._since + self._limit:
-            if self.phase == "none" or not self._client_moves():
+            if not self._moves():
                 self.interrupt("idle" if self.phase == "none" else self.phase)
                 return
             self._since = now
@@ -170,9 +172,9 @@ class Watch:
             self._beat()
         self._arm()
 
-    def _client_moves(self) -> bool:
-        """In the phase `client_write`: whether the client took something since the last look."""
-        if self.phase != "client_write":
+    def _moves(self) -> bool:
+        """Whether the other side took something of what is sent, since the last look."""
+        if self._unsent is None:
             return False
         unsent = self._unsent()
         moved = self._mark - unsent >= MIN_PROGRESS

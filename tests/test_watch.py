@@ -61,7 +61,7 @@ class Rig:
     def __init__(self, total: float = 0.0) -> None:
         self.clock = Clock()
         self.unsent = 0
-        self.watch = Watch(cast("Any", self.clock), total=total, unsent=lambda: self.unsent)
+        self.watch = Watch(cast("Any", self.clock), total=total)
         self.entered = asyncio.Event()
         self.free = asyncio.Event()
         self.task = asyncio.create_task(self._work())
@@ -281,7 +281,7 @@ async def test_a_client_must_take_a_kibibyte(taken: int, cut: bool) -> None:  # 
     """Less than 1 KiB in `client_write` while data waits cuts the client; more lets it live."""
     r = await rig()
     r.unsent = 100 * MIN_PROGRESS
-    r.watch.enter("client_write", 60)
+    r.watch.enter("client_write", 60, lambda: r.unsent)
     r.unsent -= taken
     r.clock.after(60)
     assert await r.outcome() == ("client_write" if cut else None)
@@ -291,16 +291,20 @@ async def test_a_client_must_take_a_kibibyte(taken: int, cut: bool) -> None:  # 
         assert await r.outcome() == "client_write"
 
 
-async def test_a_client_that_keeps_moving_is_kept() -> None:
-    """Progress is measured anew in each period, so a slow client lives as long as it moves."""
+@pytest.mark.parametrize("phase", ["client_write", "first_byte"])
+async def test_who_keeps_moving_is_kept(phase: Phase) -> None:
+    """Progress is measured anew in each period: a slow client or upload lives while it moves."""
     r = await rig()
     r.unsent = 100 * MIN_PROGRESS
-    r.watch.enter("client_write", 60)
+    r.watch.enter(phase, 60, lambda: r.unsent)
     for _ in range(20):
         r.unsent -= MIN_PROGRESS
         r.clock.after(60)
     assert await r.outcome() is None
-    await r.finish()
+    r.watch.enter("first_byte", 60)  # all is sent: only an answer is a sign of life
+    r.unsent -= MIN_PROGRESS
+    r.clock.after(60)
+    assert await r.outcome() == "first_byte"
 
 
 # Interruption and cancellation
@@ -338,10 +342,10 @@ async def test_a_cancellation_stays_one() -> None:
 
 async def test_an_error_of_the_work_stays() -> None:
     """What the work raises comes out as it is, a TimeoutError too."""
-    watch = Watch(asyncio.get_running_loop(), total=0, unsent=lambda: 0)
+    watch = Watch(asyncio.get_running_loop(), total=0)
     for error in (ValueError("x"), TimeoutError("y"), ConnectionResetError("z")):
         with pytest.raises(type(error), match=str(error)):
-            async with Watch(asyncio.get_running_loop(), total=9, unsent=lambda: 0):
+            async with Watch(asyncio.get_running_loop(), total=9):
                 raise error
     async with watch:
         pass
@@ -361,14 +365,14 @@ async def test_a_task_may_clean_up_before_it_is_told() -> None:
                 clean.set()
 
     with pytest.raises(Interrupted, match="idle"):
-        await work(Watch(asyncio.get_running_loop(), total=0, unsent=lambda: 0))
+        await work(Watch(asyncio.get_running_loop(), total=0))
     assert clean.is_set()
 
 
 async def test_on_the_real_loop() -> None:
     """With the loop that the daemon runs on, beats and the deadline come in order."""
     beats: list[int] = []
-    watch = Watch(asyncio.get_running_loop(), total=0, unsent=lambda: 0)
+    watch = Watch(asyncio.get_running_loop(), total=0)
 
     async def work() -> None:
         async with watch:
