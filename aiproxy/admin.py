@@ -8,6 +8,7 @@ made to point here).
 from __future__ import annotations
 
 import asyncio
+import socket
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aiohttp.web_request import BaseRequest
+    from structlog.typing import FilteringBoundLogger
 
     from aiproxy.metrics import Metrics
     from aiproxy.proxy import Proxy
@@ -58,13 +60,21 @@ class Admin:
     """Answers the requests of the admin listener, which are no exchanges: they are not counted."""
 
     def __init__(
-        self, *, metrics: Metrics, proxy: Proxy, reloader: Reloader, status: Status, host: str
+        self,
+        *,
+        metrics: Metrics,
+        proxy: Proxy,
+        reloader: Reloader,
+        status: Status,
+        host: str,
+        log: FilteringBoundLogger,
     ) -> None:
         self._metrics = metrics
         self._proxy = proxy
         self._reloader = reloader
         self._status = status
         self._host = host
+        self._log = log
         self._places = {
             "/metrics": _Place(self._scrape, public=True),
             "/-/healthy": _Place(self._healthy, public=True),
@@ -77,24 +87,29 @@ class Admin:
 
     async def __call__(self, request: BaseRequest) -> Reply:
         """Answer one request."""
-        reply = Reply(request)
-        extra: tuple[tuple[str, str], ...] = _ALONE
         try:
             status, content_type, body = await self._find(request).answer(request)
         except ProxyError as error:
-            status, content_type, body = error.status, _JSON, error.render("openai")
-            extra = error.headers
-            reply.keep_alive = reply.keep_alive and not error.close
-        reply.send(
-            status,
-            [
-                (headers.REQUEST_ID, headers.new_request_id()),
-                ("Content-Type", content_type),
-                *extra,
-            ],
-            body,
-        )
+            return self.refuse(request, error)
+        except Exception as error:  # noqa: BLE001 - a bug of ours is no request of a client's
+            request_id = headers.new_request_id()
+            self._log.error("bug", request_id=request_id, exc_info=error)
+            return self.refuse(request, errors.internal_error(request_id))
+        reply = Reply(request)
+        reply.send(status, [*_own_headers(content_type), *_ALONE], body)
         return reply
+
+    def refuse(self, request: BaseRequest, error: ProxyError) -> Reply:
+        """Answer with an error."""
+        reply = Reply(request)
+        reply.keep_alive = reply.keep_alive and not error.close
+        reply.send(error.status, [*_own_headers(_JSON), *error.headers], error.render("openai"))
+        return reply
+
+    def turn_away(self, error: ProxyError) -> str:
+        """A connection that is not served; the request id that it is told."""
+        del error
+        return headers.new_request_id()
 
     def _find(self, request: BaseRequest) -> _Place:
         path = check_head(request)
@@ -158,6 +173,10 @@ class Admin:
         return 200, _HTML, page(self._status.report())
 
 
+def _own_headers(content_type: str) -> list[tuple[str, str]]:
+    return [(headers.REQUEST_ID, headers.new_request_id()), ("Content-Type", content_type)]
+
+
 def _json(document: dict[str, Any]) -> bytes:
     return msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
 
@@ -165,6 +184,10 @@ def _json(document: dict[str, Any]) -> bytes:
 def _is_local(request: BaseRequest) -> bool:
     """Whether the peer is on this machine: loopback, or a unix socket."""
     peer = request._transport_peername  # noqa: SLF001 - `remote` loses the unix case
+    if peer is None:
+        # Of one that left before it was accepted there is no name, wherever it was.
+        sock = None if request.transport is None else request.transport.get_extra_info("socket")
+        return sock is not None and sock.family == socket.AF_UNIX
     if not isinstance(peer, (list, tuple)):
         return True
     address = _address(str(peer[0]).partition("%")[0])

@@ -68,9 +68,7 @@ async def receive(request: BaseRequest, hold: Hold, limit: int) -> bytes:
     encoding = ",".join(request.headers.getall("Content-Encoding", [])).strip().lower()
     if encoding not in CODINGS and encoding not in ("", "identity"):
         raise errors.unsupported_content_encoding(encoding)
-    expect = request.headers.get("Expect")
-    if expect is not None and expect.strip().lower() != "100-continue":
-        raise errors.unknown_expectation()
+    expect = request.headers.get("Expect")  # if any it is 100-continue
     declared = request.content_length
     if declared is not None and declared > limit:
         raise errors.request_too_large(limit)

@@ -123,7 +123,7 @@ class Daemon:
                 left open.
         """
         config, proxy = self._snapshot.config, self._proxy
-        listener = self._listener(App(proxy))
+        listener = self._listener(App(proxy), proxy)
         status = Status(
             proxy=proxy,
             reloader=self._reloader,
@@ -137,8 +137,9 @@ class Daemon:
             reloader=self._reloader,
             status=status,
             host=config.admin.host,
+            log=self.log,
         )
-        self.clients, self.operators = Entrance(listener), Entrance(self._listener(admin))
+        self.clients, self.operators = Entrance(listener), Entrance(self._listener(admin, admin))
         self._reloader.begin(self._snapshot)
         try:
             await self._open_sockets(config)
@@ -194,20 +195,17 @@ class Daemon:
         """Write what waits; for an end that no drain precedes."""
         self._log.close()
 
-    def _listener(self, handler: Handler) -> Listener:
-        return Listener(
-            handler,
-            self._proxy.refuse,
-            self._proxy.turn_away,
-            **_bounds(self._snapshot.config),
-        )
+    def _listener(self, handler: Handler, refusing: Proxy | Admin) -> Listener:
+        bounds = _bounds(self._snapshot.config)
+        return Listener(handler, refusing.refuse, refusing.turn_away, **bounds)
 
     async def _open_sockets(self, config: Config) -> None:
         unknown = ", ".join(repr(name) for name in self._sockets if name != "http")
         if unknown:
             raise OSError(f"systemd passed sockets named {unknown}; only 'http' has a use")
-        await self.operators.open(config.admin)
+        # In this order: who finds it ready by the admin listener finds the other open.
         await self.clients.open(config.listen, self._sockets.get("http", ()))
+        await self.operators.open(config.admin)
 
     def _measure_lag(self, due: float | None) -> None:
         loop = asyncio.get_running_loop()
@@ -293,6 +291,7 @@ class Daemon:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _close(self) -> None:
+        await self._reloader.settle()
         await self._close_sockets()
         for timer in self._timers.values():
             timer.cancel()
@@ -332,6 +331,7 @@ class Daemon:
         await self.drain()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(number)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # by default it would end what has drained
 
 
 def _bounds(config: Config) -> dict[str, Any]:

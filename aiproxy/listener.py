@@ -7,6 +7,7 @@ of aiohttp 3.14 are used, each where it says so.
 
 from __future__ import annotations
 
+import re
 import socket
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from aiohttp import http_parser, web
 from aiohttp.http import HttpRequestParser, HttpVersion10, HttpVersion11
 from aiohttp.http_exceptions import LineTooLong
-from aiohttp.web_protocol import ERROR, RequestHandler
+from aiohttp.streams import EMPTY_PAYLOAD
+from aiohttp.web_protocol import ERROR, RequestHandler, _ErrInfo
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from aiproxy import errors
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aiohttp.http_parser import RawRequestMessage
+    from aiohttp.streams import StreamReader
     from aiohttp.web_request import BaseRequest
 
     from aiproxy.errors import ProxyError
@@ -33,12 +36,17 @@ if TYPE_CHECKING:
 MAX_LINE = 16 * 1024  # bytes of a request line
 MAX_FIELD = 32 * 1024  # bytes of a header field
 MAX_FIELDS = 128
+MAX_HEAD = 128 * 1024  # bytes of a head that is not complete: it is held before a key was seen
 SEND_BUFFER = 256 * 1024  # bytes in the kernel per client, so that a slow one slows the upstream
 WRITE_HIGH = 64 * 1024  # bytes in the process per client before writing waits
 MAX_AHEAD = 64 * 1024  # bytes that a client may send behind the request in flight
 MAX_QUEUED = 8  # requests likewise
 LINGER = 2.0  # seconds of reading on after an answer that came before the request's end
 
+# uri-host [ ":" port ] (RFC 9110 section 7.2, RFC 3986 section 3.2.2); empty is allowed.
+_HOST = re.compile(
+    r"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?", re.ASCII
+)
 # aiohttp's stand-in for a request that it could not parse, with headers that can be asked.
 _UNPARSED = ERROR._replace(headers=CIMultiDictProxy(CIMultiDict()))
 
@@ -126,7 +134,10 @@ class Listener(web.Server):
 class Connection(RequestHandler):
     """One client connection."""
 
-    __slots__ = ("_ahead", "_client", "_counted", "_head_deadline", "_listener")
+    __slots__ = (
+        "_ahead", "_body", "_broken", "_client", "_counted", "_head_deadline", "_head_size",
+        "_listener",
+    )  # fmt: skip
 
     def __init__(self, listener: Listener, *, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(
@@ -142,6 +153,9 @@ class Connection(RequestHandler):
         )
         self._listener = listener
         self._ahead = 0  # bytes that came behind the request in flight
+        self._body: StreamReader | None = None  # of the request that came last
+        self._head_size = 0  # bytes of a head that is not complete
+        self._broken = False  # what came is not HTTP: nothing more is read
         self._client: asyncio.Transport | None = None
         self._counted = False
         self._head_deadline: asyncio.TimerHandle | None = None
@@ -171,20 +185,59 @@ class Connection(RequestHandler):
             self._listener.count -= 1
         self._stop_clock()
         super().connection_lost(exc)
+        self._body = None  # it knows this object: a cycle
 
     def data_received(self, data: bytes) -> None:
-        """Parse; a head that is begun must be complete in time."""
+        """Parse; a head that is begun must be complete in time, and within its bound."""
+        if self._broken:
+            return
         if not self._busy:
             self._ahead = 0
         elif self._is_ahead(len(data)):
             return
         super().data_received(data)
+        if self._messages:
+            message, body = self._messages[-1]
+            if isinstance(message, _ErrInfo):
+                self._break()
+            else:
+                self._body = body
         if len(self._messages) > MAX_QUEUED:  # all in one piece
             self._give_up()
-        if self._busy:
+        if self._busy or self._in_body:
+            self._head_size = 0
             self._stop_clock()
+            return
+        self._head_size += len(data)
+        if self._head_size > MAX_HEAD:
+            self._refuse_head()
         elif self._head_deadline is None:
             self._expect_head()
+
+    @property
+    def _in_body(self) -> bool:
+        """Whether the next bytes belong to the body of the request that came last."""
+        return self._body is not None and not self._body.is_eof()
+
+    def _break(self) -> None:
+        """What came last is not HTTP: say so to who reads the body that it was part of, if any.
+
+        aiohttp would only queue the error behind the request that waits for its body (3.14).
+        """
+        self._broken = True
+        if self._body is not None and self._in_body:
+            error, _ = self._messages.pop()
+            self._body.set_exception(_malformed(cast("_ErrInfo", error).exc))
+            self._body.feed_eof()  # else aiohttp would linger for it, and stumble over the error
+
+    def _refuse_head(self) -> None:
+        """Answer a head that grows beyond its bound, as if the parser had refused it."""
+        self._broken = True
+        error = LineTooLong(b"", MAX_HEAD)
+        self._messages.append((_ErrInfo(status=400, exc=error, message=""), EMPTY_PAYLOAD))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        self._stop_clock()
 
     @property
     def _busy(self) -> bool:
@@ -267,7 +320,7 @@ class Connection(RequestHandler):
 
 def _malformed(exc: BaseException | None) -> ProxyError:
     if isinstance(exc, LineTooLong):
-        return errors.invalid_http("A header field or the request line is too long.", 431)
+        return errors.invalid_http("The request line, a header field or the head is too long.", 431)
     if "Too many headers" in str(exc):
         return errors.invalid_http(f"More than {MAX_FIELDS} header fields.", 431)
     return errors.invalid_http("The request is not well-formed HTTP/1.1.")
@@ -291,15 +344,18 @@ def check_head(request: BaseRequest) -> str:
     """The path of a request whose head is unambiguous, without its query.
 
     Raises:
-        ProxyError: HTTP other than 1.0 and 1.1, another form than origin-form, a framing that two
-            parsers could read in two ways (RFC 9112 sections 2.3, 3.2, 6.1).
+        ProxyError: HTTP other than 1.0 and 1.1, another form than origin-form, a Host that names no
+            host, a framing that two parsers could read in two ways (RFC 9112 sections 2.3, 3.2,
+            6.1).
     """
     if request.version not in (HttpVersion10, HttpVersion11):
         raise errors.invalid_http("Only HTTP/1.0 and HTTP/1.1 are supported.")
     target = request.raw_path
-    if not target.startswith("/") or "#" in target:
+    if not target.startswith("/") or "#" in target or request.method == "CONNECT":
         raise errors.invalid_http("The request target must be in origin-form.")
     headers = request.headers
+    if not _HOST.fullmatch(headers.get("Host", "")):
+        raise errors.invalid_http("The Host field must name a host.")
     if "Transfer-Encoding" in headers:
         if request.version == HttpVersion10:
             raise errors.invalid_http("Transfer-Encoding is not defined for HTTP/1.0.")

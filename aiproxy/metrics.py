@@ -165,10 +165,12 @@ class Metrics:
         """A configuration was put in force, at `now` seconds since the epoch."""
         self._reload_ok.set(1)
         self._reload_at.set(now)
-        self._available.metric.clear()
-        self._available.clear()
-        for name in upstreams:
-            self._available[(name,)].set(1)
+        known: set[tuple[str, ...]] = {(name,) for name in upstreams}
+        for labels in known:
+            self._available[labels].set(1)
+        for gone in set(self._available) - known:
+            self._available.metric.remove(*gone)
+            del self._available[gone]
 
     def reload_failed(self) -> None:
         """A configuration was refused; the one in force stays."""

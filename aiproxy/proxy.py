@@ -163,6 +163,9 @@ class Proxy:
         )
         key = call.snapshot.keyring.authenticate(secret, datetime.now(UTC))
         call.exchange.key = key.name
+        expected = received.get("Expect")
+        if expected is not None and expected.strip().lower() != "100-continue":
+            raise errors.unknown_expectation()
         return key
 
     async def relay(self, call: Call, dialect: Dialect) -> Outcome:

@@ -63,6 +63,7 @@ class Reloader:
         self._log = log
         self._notifier = notifier
         self._lock = asyncio.Lock()
+        self._under_way: set[asyncio.Task[Reloaded]] = set()
         self._snapshot: Snapshot
         self.loaded_at: datetime
         self.failed_at: datetime | None = None
@@ -93,30 +94,44 @@ class Reloader:
         Raises:
             ConfigError: it cannot be used; nothing has changed.
         """
+        # On its own: whoever asked may leave, and what was begun is done all the same.
+        work = asyncio.get_running_loop().create_task(self._in_turn())
+        self._under_way.add(work)
+        work.add_done_callback(self._under_way.discard)
+        return await asyncio.shield(work)
+
+    async def settle(self) -> None:
+        """Wait for what is under way."""
+        await asyncio.gather(*self._under_way, return_exceptions=True)
+
+    async def _in_turn(self) -> Reloaded:
         async with self._lock:
             self._notifier.reloading()
             try:
                 return await self._reload()
+            except Exception:
+                self.failed_at = datetime.now(UTC)
+                self._metrics.reload_failed()
+                raise
             finally:
                 self._notifier.ready(self.status)
 
     async def _reload(self) -> Reloaded:
         before = self._snapshot
 
-        def build() -> tuple[Loaded, Snapshot]:
+        def build() -> tuple[Loaded, Changes, Snapshot]:
             loaded = self._source()
-            return loaded, Snapshot(pinned(before.config, loaded.config), before)
+            changed = changes(before.config, loaded.config)
+            return loaded, changed, Snapshot(pinned(before.config, loaded.config), before)
 
+        loop = asyncio.get_running_loop()
         try:
-            loaded, snapshot = await asyncio.get_running_loop().run_in_executor(None, build)
+            loaded, changed, snapshot = await loop.run_in_executor(None, build)
         except ConfigError as error:
-            self.failed_at = datetime.now(UTC)
-            self._metrics.reload_failed()
             for sentence in self.sentences(error.mistakes):
                 self._log.error("reload refused", mistake=sentence)
             self._log.error("reload failed", mistakes=len(error.mistakes))
             raise
-        changed = changes(before.config, loaded.config)
         self._put(snapshot)
         before.retire(snapshot)
         for sentence in self.sentences(loaded.warnings):

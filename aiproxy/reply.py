@@ -48,7 +48,7 @@ class Reply:
         self._request = request
         self._head_only = request.method == "HEAD"
         self._chunked = False
-        self.keep_alive = request.keep_alive
+        self.keep_alive = request.keep_alive and not _is_last(request)
         self.started = False
         self.ended = False
         self.bytes_out = 0  # of the body
@@ -167,3 +167,12 @@ class Reply:
 
     async def write_eof(self) -> None:
         """All is written already."""
+
+
+def _is_last(request: BaseRequest) -> bool:
+    """Whether no other request may follow on the connection, whatever the client asked for.
+
+    aiohttp's parser (3.14) takes the trailer fields of a request in chunks for header fields of the
+    next one, and drops what follows an offer to upgrade.
+    """
+    return "Transfer-Encoding" in request.headers or "Upgrade" in request.headers

@@ -74,4 +74,7 @@ def _port(sock: socket.socket) -> int:
 
 def _name(sock: socket.socket) -> str:
     name = sock.getsockname()
-    return f"{name[0]}:{name[1]} (passed)" if isinstance(name, tuple) else f"{name} (passed)"
+    if not isinstance(name, tuple):
+        return f"unix:{name} (passed)"
+    host = f"[{name[0]}]" if ":" in name[0] else name[0]
+    return f"{host}:{name[1]} (passed)"

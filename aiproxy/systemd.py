@@ -27,18 +27,26 @@ class Notifier:
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._address = environ.get("NOTIFY_SOCKET", "")
         self.watchdog = _watchdog(environ) if self._address else None
+        self._ending = False
+        self._owed: tuple[str, ...] = ()
 
     def ready(self, status: str) -> None:
-        """Started, or reloaded: it serves."""
-        self._send("READY=1", _line(status))
+        """Started, or reloaded: it serves. Nothing once it ends."""
+        if self._ending:
+            return
+        if not self._send("READY=1", _line(status)):
+            self._owed = ("READY=1", _line(status))
 
     def reloading(self) -> None:
         """A reload begins; `ready` ends it, whatever came of it."""
+        self._owed = ()
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._send("RELOADING=1", f"MONOTONIC_USEC={now}")
 
     def stopping(self, status: str) -> None:
         """It ends."""
+        self._ending = True
+        self._owed = ()
         self._send("STOPPING=1", _line(status))
 
     def status(self, status: str) -> None:
@@ -46,20 +54,21 @@ class Notifier:
         self._send(_line(status))
 
     def alive(self) -> None:
-        """A sign of life, for the watchdog."""
+        """A sign of life, for the watchdog; and what the manager could not take before."""
+        if self._owed and self._send(*self._owed):
+            self._owed = ()
         self._send("WATCHDOG=1")
 
-    def _send(self, *lines: str) -> None:
+    def _send(self, *lines: str) -> bool:
         if not self._address:
-            return
+            return True
         address = f"\0{self._address[1:]}" if self._address.startswith("@") else self._address
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
                 sock.sendto("\n".join(lines).encode(), address)
         except OSError:
-            # A manager that is gone or does not read must not keep the service from serving; what
-            # it then does about a missing READY or WATCHDOG is its own affair.
-            pass
+            return False  # a manager that is gone or does not read must not keep us from serving
+        return True
 
 
 def _line(status: str) -> str:
@@ -68,11 +77,15 @@ def _line(status: str) -> str:
 
 def _watchdog(environ: Mapping[str, str]) -> float | None:
     given = environ.get("WATCHDOG_USEC", "")
-    if not given.isdigit() or not int(given):
+    if not _is_number(given) or not int(given):
         return None
     if environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None  # it is another process that is watched
     return int(given) / 1_000_000
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def inherited_sockets(environ: MutableMapping[str, str]) -> dict[str, list[socket.socket]]:
@@ -84,16 +97,19 @@ def inherited_sockets(environ: MutableMapping[str, str]) -> dict[str, list[socke
         OSError: one is no listening stream socket.
     """
     given = {name: environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")}
-    if given["LISTEN_PID"] != str(os.getpid()) or not given["LISTEN_FDS"].isdigit():
+    if given["LISTEN_PID"] != str(os.getpid()) or not _is_number(given["LISTEN_FDS"]):
         return {}
     count = int(given["LISTEN_FDS"])
     names = given["LISTEN_FDNAMES"].split(":") if given["LISTEN_FDNAMES"] else []
     found: dict[str, list[socket.socket]] = {}
     for number in range(count):
         name = names[number] if number < len(names) else "unknown"
-        sock = socket.socket(fileno=FIRST_SOCKET + number)
-        accepts = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        if sock.type != socket.SOCK_STREAM or not accepts:
+        try:
+            sock = socket.socket(fileno=FIRST_SOCKET + number)
+            accepts = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        except OSError:  # it is none
+            accepts = False
+        if not accepts or sock.type != socket.SOCK_STREAM:
             raise OSError(f"the socket {name!r} that was passed does not listen for streams")
         sock.setblocking(False)
         sock.set_inheritable(False)

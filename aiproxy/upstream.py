@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from aiproxy.config import Upstream
     from aiproxy.errors import Shape
     from aiproxy.exchange import AttemptResult, Exchange
-    from aiproxy.upstream_connection import Connection, Head
+    from aiproxy.upstream_answer import Head
+    from aiproxy.upstream_connection import Connection
     from aiproxy.watch import Watch
 
 MAX_ANSWER = 64 * 1024 * 1024  # bytes of a JSON answer
@@ -188,7 +189,7 @@ class Ask:
         self._answer = answer
         exchange.upstream_request_id = answer.get("x-request-id") or answer.get("request-id")
         watch.enter("idle", timeouts.idle)
-        coding = answer.get("content-encoding").strip().lower()
+        coding = answer.listed("content-encoding").strip().lower()
         if coding in CODINGS:  # though identity was asked for
             self._decoder = Decoder(coding)
         if not 200 <= answer.status < 300 or answer.status in _EMPTY:  # noqa: PLR2004 - successes
@@ -271,6 +272,7 @@ class Ask:
                 decoder.feed(coded)
         except UndecodableError:
             raise Failure("protocol", UNDECODABLE) from None
+        await asyncio.sleep(0)  # a small answer may grow to a large one: others take their turn
         return piece
 
     async def read(self, limit: int = MAX_ANSWER) -> bytes:

@@ -80,7 +80,14 @@ class Addresses:
         if self._lookup is None:
             self._lookup = loop.create_task(self._look_up(loop))
             self._lookup.add_done_callback(self._looked_up)
-        return await asyncio.shield(self._lookup)
+        lookup = self._lookup
+        try:
+            return await asyncio.shield(lookup)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if lookup.cancelled() and (task is None or not task.cancelling()):
+                raise OSError("given up") from None  # not the asker was cancelled
+            raise
 
     async def _look_up(self, loop: asyncio.AbstractEventLoop) -> Sequence[AddrInfoType]:
         return await loop.getaddrinfo(
@@ -103,7 +110,7 @@ def _numeric(host: str, port: int) -> Sequence[AddrInfoType]:
     """What a host that is an address resolves to, without a resolver; nothing for a name."""
     try:
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):  # the latter: a label that DNS cannot carry
         return ()
 
 
@@ -123,6 +130,7 @@ class Pool:
         self._open: set[Connection] = set()
         self._idle: deque[tuple[Connection, float]] = deque()  # the longest unused one first
         self._sweeper: asyncio.TimerHandle | None = None
+        self._closed = False
 
     def __repr__(self) -> str:
         return f"<Pool {self._host} open={len(self._open)} idle={len(self._idle)}>"
@@ -145,7 +153,7 @@ class Pool:
             raise Failure("connect", NO_NAME) from None
         except ssl.SSLError:
             raise Failure("connect", UNTRUSTED) from None
-        except OSError:
+        except (OSError, RuntimeError):  # the latter: a socket that the event loop cannot take
             raise Failure("connect", REFUSED) from None
 
     def release(self, connection: Connection) -> None:
@@ -170,6 +178,7 @@ class Pool:
 
     def close(self) -> None:
         """Close all connections, those in use too."""
+        self._closed = True
         self._addresses.close()
         self.retire()
         for connection in list(self._open):
@@ -197,6 +206,9 @@ class Pool:
         except BaseException:
             found.close()
             raise
+        if self._closed:
+            connection.abort()
+            raise Failure("connect", REFUSED)
         self._open.add(connection)
         return connection
 
