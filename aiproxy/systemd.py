@@ -39,6 +39,8 @@ class Notifier:
 
     def reloading(self) -> None:
         """A reload begins; `ready` ends it, whatever came of it."""
+        if self._ending:
+            return
         self._owed = ()
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._send("RELOADING=1", f"MONOTONIC_USEC={now}")

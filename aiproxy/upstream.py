@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 MAX_ANSWER = 64 * 1024 * 1024  # bytes of a JSON answer
 MAX_REFUSAL = 64 * 1024  # bytes of an error body
+REFUSAL = 2.0  # seconds for the body of a refusal, which says enough by its status
 MAX_PIECE = 256 * 1024  # bytes of an answer that are decoded at a time
 ANTHROPIC_VERSION = "2023-06-01"  # where the client names none (API reference, "Versions")
 
@@ -320,8 +321,9 @@ class Ask:
             raise errors.upstream_error(f"The upstream answered with status {status}.")
         result = self._result
         try:
-            body = await self.read(MAX_REFUSAL)
-        except errors.ProxyError:
+            async with asyncio.timeout(REFUSAL):
+                body = await self.read(MAX_REFUSAL)
+        except (errors.ProxyError, TimeoutError):
             self._result = result
             body = b""
         raise passed_on(status, body, back, self._shape)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from aiproxy.upstream_answer import Head
 
 MOST_HELD = 64 * 1024  # bytes of a body that wait to be taken
+TLS_SLICE = 64 * 1024  # bytes of a request body that are encrypted at a time
 JOINED = 32 * 1024  # bytes of a request body that is copied behind its head, for one write
 
 
@@ -65,8 +66,8 @@ class Connection(asyncio.Protocol):
         """Send a request.
 
         Returns:
-            Whether the kernel has all of it, or all but what it takes at once (64 KiB); else `sent`
-            is called when it has the last byte.
+            Whether the kernel has all of it, or all but a little (64 KiB, with TLS twice as much);
+            else `sent` is called when it has the rest.
         """
         self._reader.begin()
         self._asked = True
@@ -77,8 +78,14 @@ class Connection(asyncio.Protocol):
             return True
         if len(body) <= JOINED:
             transport.write(head + body)
-        else:
+        elif transport.get_extra_info("sslcontext") is None:
             transport.writelines((head, body))
+        else:
+            # TLS takes all that one write gives it, and hides how much of that still waits.
+            transport.write(head)
+            rest = memoryview(body)
+            for at in range(0, len(body), TLS_SLICE):
+                transport.write(rest[at : at + TLS_SLICE])
         if self._writing_paused:
             self._sent = sent
         return not self._writing_paused
