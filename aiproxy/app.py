@@ -98,6 +98,7 @@ class App:
 
         async def not_found(call: Call) -> Outcome:
             self._proxy.authenticate(call)
+            await self._proxy.admit(call)
             raise errors.response_not_found(response_id)
 
         return "response", not_found

@@ -1,8 +1,8 @@
 """One request on its way: its record, its answer, its deadlines; and its one end.
 
-Whatever happens to a request, it leaves through `Call.finish`: the tokens, the bytes held, the
-record. An answer or an in-band terminal frame that is still owed is given by `fail` or `interrupt`
-just before. There is no second place that does any of these.
+Whatever happens to a request, it leaves through `Call.finish`: the tokens, the slot and the bytes
+held, the record. An answer or an in-band terminal frame that is still owed is given by `fail` or
+`interrupt` just before. There is no second place that does any of these.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from aiproxy import errors, headers, sse
 from aiproxy.body import Hold
 from aiproxy.exchange import Exchange
+from aiproxy.limits import ratelimit_headers
 from aiproxy.reply import Reply
 from aiproxy.usage import charge, estimate_output
 from aiproxy.watch import Interrupted, Watch
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
     from aiproxy.dialects import Answer, Asked, Stream
     from aiproxy.errors import Outcome, ProxyError, Shape
     from aiproxy.exchange import Endpoint, Recorder
+    from aiproxy.limits import Held, Limits
+    from aiproxy.prompt_size import Size
+    from aiproxy.recent import Estimate, Recent
     from aiproxy.snapshot import Snapshot
-    from aiproxy.usage import Pace, Reason, Usage
+    from aiproxy.usage import Reason, Usage
 
 CLIENT_LEFT = 499  # what the log says of a client that left first, as nginx does
 
@@ -41,7 +45,9 @@ class Call:
         reply: its answer.
         watch: its deadlines; to be entered around the work.
         snapshot: the configuration it began with.
-        asked, stream, answer: of a relayed request, as far as it came.
+        limits: what limits it, once it is known who asks.
+        held: what it has taken of these.
+        asked, size, estimate, stream, answer: of a relayed request, as far as it came.
         holding_event: whether the client has got a part of an event that is not complete.
     """
 
@@ -54,7 +60,7 @@ class Call:
         snapshot: Snapshot,
         recorder: Recorder,
         buffered: Buffered,
-        pace: Pace,
+        recent: Recent,
     ) -> None:
         given = headers.request_id(request.headers.get(headers.REQUEST_ID))
         self.request = request
@@ -71,12 +77,14 @@ class Call:
         )
         self.watch = Watch(asyncio.get_running_loop(), total=snapshot.config.timeouts.total)
         self.hold = Hold(buffered)
-        self.pace = pace
+        self.recent = recent
+        self.limits: Limits | None = None
+        self.held: Held | None = None
         self.asked: Asked | None = None
+        self.size: Size | None = None
+        self.estimate: Estimate | None = None
         self.stream: Stream | None = None
         self.answer: Answer | None = None
-        self.max_output: int | None = None
-        self.size = 0  # bytes that went to the model
         self.holding_event = False
 
     # -- answering
@@ -86,6 +94,8 @@ class Call:
         own = [(headers.REQUEST_ID, self.exchange.request_id)]
         if self.exchange.upstream:
             own.append(("x-aiproxy-upstream", self.exchange.upstream))
+        if self.limits is not None:
+            own += ratelimit_headers(self.limits.levels())
         return own
 
     def send_json(self, status: int, body: bytes, extra: Iterable[tuple[str, str]] = ()) -> None:
@@ -129,6 +139,8 @@ class Call:
     def _refuse(self, error: ProxyError) -> None:
         """Tell the client: by a status if none was sent, else by a terminal frame."""
         self.exchange.error_code = error.code or error.kind
+        if error.outcome == "rejected_limit":
+            self.exchange.limit = error.kind
         if self.reply.ended or self.reply.gone:
             return
         if not self.reply.started:
@@ -187,21 +199,26 @@ class Call:
         return "client_disconnected"
 
     def finish(self, outcome: Outcome) -> None:
-        """The end: settle the tokens, give back the memory, write the record. Awaits nothing."""
+        """The end: settle tokens and slot, give back memory, write the record. Awaits nothing."""
         exchange = self.exchange
         if exchange.outcome is not None:
             return
+        try:
+            exchange.usage, exchange.estimated = self._charge(outcome)
+        finally:  # a bug there must not keep the slot for ever
+            if self.held is not None:
+                self.held.settle(0 if exchange.usage is None else exchange.usage.total)
         self.hold.release()
         if outcome == "client_disconnected":
             exchange.status = CLIENT_LEFT
         exchange.bytes_out = self.reply.bytes_out
-        exchange.usage, exchange.estimated = self._charge(outcome)
         exchange.finish(outcome)
         self._observe()
 
     def _charge(self, outcome: Outcome) -> tuple[Usage | None, Reason | None]:
         exchange, stream, answer = self.exchange, self.stream, self.answer
-        if not exchange.asked or self.asked is None:
+        estimate = self.estimate
+        if not exchange.asked or self.asked is None or estimate is None:
             return None, None
         now = time.monotonic()
         since = exchange.answered if self.asked.stream else exchange.asked
@@ -211,10 +228,11 @@ class Call:
             reason=answer.reason if answer else stream.reason if stream else None,
             answered=bool(exchange.answered),
             streamed=self.asked.stream,
-            size=self.size,
+            given=estimate.input,
             delivered=self._delivered(),
-            paced=self.pace.tokens(self._target(), now - since) if since else 0,
-            most=self.max_output if self.asked.declared is None else self.asked.declared,
+            paced=self.recent.pace.tokens(self._target(), now - since) if since else 0,
+            largest=estimate.largest,
+            firm=estimate.firm,
         )
 
     def _delivered(self) -> int:
@@ -226,7 +244,13 @@ class Call:
         return self.exchange.route, self.exchange.upstream
 
     def _observe(self) -> None:
-        exchange = self.exchange
-        if exchange.usage is not None and exchange.estimated is None and exchange.answered:
-            since = exchange.answered if exchange.streaming else exchange.asked
-            self.pace.observe(self._target(), exchange.usage.total_output, exchange.ended - since)
+        """Remember what the upstream counted, for the estimates of the next ones."""
+        exchange, recent, usage = self.exchange, self.recent, self.exchange.usage
+        if usage is None or exchange.estimated is not None or not exchange.answered:
+            return
+        since = exchange.answered if exchange.streaming else exchange.asked
+        recent.pace.observe(self._target(), usage.total_output, exchange.ended - since)
+        if self.size is not None and not self.size.media:
+            recent.density.observe(exchange.route, self.size.text, usage.total_input)
+        if self.estimate is not None and self.estimate.largest:
+            recent.outputs.observe(exchange.key, exchange.route, usage.total_output)

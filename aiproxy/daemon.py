@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import uvloop
@@ -16,6 +17,7 @@ import aiproxy
 from aiproxy.admin import Admin
 from aiproxy.app import App
 from aiproxy.config import ConfigError
+from aiproxy.levels import LevelKeeper
 from aiproxy.listener import Handler, Listener, require_c_parser
 from aiproxy.logs import LibraryHandler, Log, standard_error
 from aiproxy.metrics import Metrics
@@ -24,11 +26,14 @@ from aiproxy.reload import Reloader
 from aiproxy.snapshot import Snapshot
 from aiproxy.sockets import Entrance
 from aiproxy.status import Status
+from aiproxy.stores.level_file import state_directory
+from aiproxy.stores.memory import MemoryLimits
 from aiproxy.systemd import Notifier, inherited_sockets
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Coroutine, Mapping, Sequence
+    from pathlib import Path
 
     from structlog.typing import FilteringBoundLogger
 
@@ -73,6 +78,7 @@ class Daemon:
         source: reads the file again, for a reload.
         sockets: listening sockets that systemd passed, by name; `http` takes the place of `listen`.
         notifier: tells systemd how it goes.
+        state: the state directory, if there is one.
         log_stream: instead of standard error.
 
     Attributes:
@@ -87,6 +93,7 @@ class Daemon:
         source: Source,
         sockets: Mapping[str, Sequence[socket.socket]] | None = None,
         notifier: Notifier | None = None,
+        state: Path | None = None,
         log_stream: Stream | None = None,
     ) -> None:
         require_c_parser()
@@ -99,8 +106,13 @@ class Daemon:
         self._notifier = notifier or Notifier({})
         self._sockets = dict(sockets or {})
         self._snapshot = Snapshot(config)
+        self._limits = MemoryLimits()
+        self._metrics.watch_limits(partial(self._limits.levels, "keys"))
+        self._levels = LevelKeeper(
+            self._limits, state, metrics=self._metrics, log=self._log.process
+        )
         recorders = _Recorders(self._metrics, self._log)
-        self._proxy = Proxy(self._snapshot, recorders, self._log.process)
+        self._proxy = Proxy(self._snapshot, self._limits, recorders, self._log.process)
         self._reloader = Reloader(
             path,
             source,
@@ -127,6 +139,7 @@ class Daemon:
         status = Status(
             proxy=proxy,
             reloader=self._reloader,
+            limits=self._limits,
             clients=listener,
             metrics=self._metrics,
             dropped=self._log.dropped,
@@ -140,12 +153,14 @@ class Daemon:
             log=self.log,
         )
         self.clients, self.operators = Entrance(listener), Entrance(self._listener(admin, admin))
+        self._levels.restore()
         self._reloader.begin(self._snapshot)
         try:
             await self._open_sockets(config)
         except OSError:
             await self._close_sockets()
             raise
+        self._levels.start()
         status.listen, status.admin = self.clients.place, self.operators.place
         self._measure_lag(None)
         self.log.info(
@@ -163,6 +178,7 @@ class Daemon:
     def _put(self, snapshot: Snapshot) -> None:
         """Put a configuration in force; awaits nothing."""
         self._snapshot = snapshot
+        self._limits.configure(snapshot.config)
         self._proxy.put(snapshot)
         config = snapshot.config
         self._log.configure(level=config.log.level, fmt=self._log_format(config))
@@ -293,6 +309,7 @@ class Daemon:
     async def _close(self) -> None:
         await self._reloader.settle()
         await self._close_sockets()
+        await self._levels.stop()
         for timer in self._timers.values():
             timer.cancel()
         self.log.info("stopped")
@@ -362,7 +379,14 @@ def serve(path: str, source: Source, loaded: Loaded) -> int:
     except OSError as error:
         sys.stderr.write(f"aiproxy: {error}\n")
         return 1
-    daemon = Daemon(loaded.config, path=path, source=source, sockets=sockets, notifier=notifier)
+    daemon = Daemon(
+        loaded.config,
+        path=path,
+        source=source,
+        sockets=sockets,
+        notifier=notifier,
+        state=state_directory(os.environ),
+    )
     logging.getLogger().addHandler(daemon.library_handler())
     for warning in loaded.warnings:
         daemon.log.warning("configuration", warning=warning.text(path))

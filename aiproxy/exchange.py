@@ -52,6 +52,7 @@ class Exchange:
     status: int = 0
     outcome: Outcome | None = None
     error_code: str = ""
+    limit: str = ""  # that refused it: requests, tokens, concurrent
     upstream_request_id: str = ""
     waited: float = 0.0  # for the client's body
     asked: float = 0.0  # when the upstream request was made

@@ -18,18 +18,20 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 import aiproxy
+from aiproxy.limits import tightest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from prometheus_client.metrics_core import Metric
 
     from aiproxy.exchange import Exchange
+    from aiproxy.limits import Level
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -107,6 +109,14 @@ class Metrics:
             "aiproxy_client_disconnects", "Clients that left before their answer's end.",
             ("endpoint", "phase"), registry=registry,
         ))  # fmt: skip
+        self._rejections = _Children(Counter(
+            "aiproxy_limit_rejections", "Requests that a limit refused.",
+            ("key", "limit"), registry=registry,
+        ))  # fmt: skip
+        self._store_errors = _Children(Counter(
+            "aiproxy_store_errors", "Operations on a store that failed.",
+            ("store", "operation"), registry=registry,
+        ))  # fmt: skip
         self.loop_lag = Histogram(
             "aiproxy_event_loop_lag_seconds", "How late the event loop ran a timer.",
             buckets=_LAG, registry=registry,
@@ -143,12 +153,18 @@ class Metrics:
             self._first_token[route, upstream].observe(first)
         if (per_token := exchange.time_per_output_token) is not None:
             self._per_token[route, upstream].observe(per_token)
+        if exchange.limit:
+            self._rejections[key, exchange.limit].inc()
         for result in exchange.results:
             self._attempts[upstream, result].inc()
         if outcome == "client_disconnected":
             phase = "streaming" if exchange.streaming else "waiting"
             self._disconnects[endpoint, phase].inc()
-        if (usage := exchange.usage) is not None:
+        self._count_tokens(exchange)
+
+    def _count_tokens(self, exchange: Exchange) -> None:
+        route, key, usage = exchange.route, exchange.key, exchange.usage
+        if usage is not None:
             for kind, count in (
                 ("input", usage.input),
                 ("input_cached", usage.input_cached),
@@ -172,6 +188,10 @@ class Metrics:
             self._available.metric.remove(*gone)
             del self._available[gone]
 
+    def store_failed(self, store: str, operation: str) -> None:
+        """An operation on a store failed."""
+        self._store_errors[store, operation].inc()
+
     def reload_failed(self) -> None:
         """A configuration was refused; the one in force stays."""
         self._reload_ok.set(0)
@@ -187,6 +207,10 @@ class Metrics:
     def watch_log(self, dropped: Callable[[], int]) -> None:
         """Take the number of dropped log lines from the log itself, at each scrape."""
         self.registry.register(_Dropped(dropped))
+
+    def watch_limits(self, levels: Callable[[], Mapping[str, Iterable[Level]]]) -> None:
+        """Take the levels of keys from where they are kept, at each scrape."""
+        self.registry.register(_Remaining(levels))
 
     def exposition(self) -> bytes:
         """All metrics in the text format that Prometheus scrapes. May take tens of milliseconds."""
@@ -215,3 +239,25 @@ class _Dropped(Collector):
             "Log lines dropped since standard error was blocked.",
             value=self._value(),
         )
+
+
+class _Remaining(Collector):
+    """What is left of each key's limits; of several windows the tightest.
+
+    It is read in the thread of a scrape, beside the event loop: a level that changes at this moment
+    may be seen a little too low or too high.
+    """
+
+    def __init__(self, levels: Callable[[], Mapping[str, Iterable[Level]]]) -> None:
+        self._levels = levels
+
+    def collect(self) -> Iterable[Metric]:
+        family = GaugeMetricFamily(
+            "aiproxy_limit_remaining",
+            "What is left of a key's limit; below zero: a debt.",
+            labels=("key", "limit"),
+        )
+        for key, levels in self._levels().items():
+            for kind, level in tightest(levels).items():
+                family.add_metric((key, kind), level.remaining)
+        yield family

@@ -1,6 +1,6 @@
 """One request from its first byte to its last: the sentence.
 
-Authenticate by the headers alone, receive the body, choose the route, ask its target, relay,
+Authenticate by the headers alone, receive the body, choose the route, admit, ask its target, relay,
 finish.
 """
 
@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, TypeVar
 from aiproxy import auth, errors, headers, routes
 from aiproxy.body import Buffered, receive
 from aiproxy.call import Call
+from aiproxy.dialects import bound_output
 from aiproxy.envelope import Envelope
 from aiproxy.errors import ProxyError
 from aiproxy.exchange import Exchange
+from aiproxy.limits import ONE_REQUEST, Demand, Refusal
+from aiproxy.prompt_size import measure
+from aiproxy.recent import LARGEST, Recent
 from aiproxy.relay import Relay
 from aiproxy.upstream import Ask
-from aiproxy.usage import Pace
 from aiproxy.watch import Interrupted
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     from aiproxy.dialects import Asked, Dialect
     from aiproxy.errors import Outcome, Shape
     from aiproxy.exchange import Endpoint, Recorder
+    from aiproxy.limits import LimitStore
+    from aiproxy.prompt_size import Size
     from aiproxy.reply import Reply
     from aiproxy.snapshot import Snapshot
 
@@ -53,12 +58,19 @@ class Proxy:
         idle: set when the last request in flight ends while draining.
     """
 
-    def __init__(self, snapshot: Snapshot, recorder: Recorder, log: FilteringBoundLogger) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        limits: LimitStore,
+        recorder: Recorder,
+        log: FilteringBoundLogger,
+    ) -> None:
         self.snapshot = snapshot
+        self._limits = limits
         self._recorder = recorder
         self._log = log
         self._buffered = Buffered(snapshot.config.max_buffered)
-        self._pace = Pace()
+        self._recent = Recent()
         self.live: set[Call] = set()
         self.draining = False
         self.refusing = False
@@ -67,7 +79,9 @@ class Proxy:
     def put(self, snapshot: Snapshot) -> None:
         """Requests that begin from now on are under this configuration."""
         self.snapshot = snapshot
-        self._buffered.limit = snapshot.config.max_buffered
+        config = snapshot.config
+        self._buffered.limit = config.max_buffered
+        self._recent.keep(config.keys.keys(), {route.model for route in config.routes})
 
     @property
     def held(self) -> int:
@@ -138,7 +152,7 @@ class Proxy:
             snapshot=self.snapshot,
             recorder=self._recorder,
             buffered=self._buffered,
-            pace=self._pace,
+            recent=self._recent,
         )
         if self.draining:
             call.reply.keep_alive = False
@@ -163,6 +177,7 @@ class Proxy:
         )
         key = call.snapshot.keyring.authenticate(secret, datetime.now(UTC))
         call.exchange.key = key.name
+        call.limits = self._limits.of(key.name)
         expected = received.get("Expect")
         if expected is not None and expected.strip().lower() != "100-continue":
             raise errors.unknown_expectation()
@@ -171,9 +186,12 @@ class Proxy:
     async def relay(self, call: Call, dialect: Dialect) -> Outcome:
         """A POST to one of the relayed APIs."""
         key = self.authenticate(call)
-        envelope = await self._receive(call)
+        envelope, size = await self._receive(call)
         asked = call.asked = dialect.request(envelope)
-        target = self._choose(call, asked, key, dialect)
+        route, target = self._choose(call, asked, key, dialect)
+        auth.permit(key, envelope)
+        call.size = size
+        await self._admit(call, asked, route, envelope, dialect)
         if target.model is not None and target.model != asked.model:
             envelope.put("model", target.model)
             asked.renamed = True
@@ -188,7 +206,7 @@ class Proxy:
                 return await self._relay_stream(call, answer, target.upstream.timeouts.idle)
             return await self._relay_json(call, answer, dialect, asked)
 
-    async def _receive(self, call: Call) -> Envelope:
+    async def _receive(self, call: Call) -> tuple[Envelope, Size]:
         config = call.snapshot.config
         began = time.monotonic()
         if not call.request.content.is_eof():  # most bodies came with their head
@@ -196,32 +214,69 @@ class Proxy:
         body = await receive(call.request, call.hold, config.max_body)
         call.exchange.waited = time.monotonic() - began
         call.exchange.bytes_in = len(body)
-        return await _aside(partial(Envelope.parse, body), len(body))
+        return await _aside(lambda: (Envelope.parse(body), measure(body)), len(body))
 
-    def _choose(self, call: Call, asked: Asked, key: Key, dialect: Dialect) -> Target:
+    def _choose(self, call: Call, asked: Asked, key: Key, dialect: Dialect) -> tuple[Route, Target]:
         if not asked.model:
             raise errors.missing_model()
         call.exchange.model = asked.model
         route = call.snapshot.router.choose(asked.model, key)
         call.exchange.route = route.model
         _check_output(route, asked)
-        call.max_output = route.max_output_tokens
+        # A key that a reload has removed meanwhile keeps the limits that it began with.
+        call.limits = self._limits.of(key.name, route.model) or call.limits
         target = routes.targets(route, dialect.api)[0]
         call.watch.bound(target.upstream.timeouts.total)
         call.exchange.upstream = target.upstream.name
-        return target
+        return route, target
+
+    async def _admit(
+        self, call: Call, asked: Asked, route: Route, envelope: Envelope, dialect: Dialect
+    ) -> None:
+        """Take a slot, a request, and the tokens that it may come to."""
+        size, limits, most = call.size, call.limits, route.max_output_tokens
+        assert size is not None  # noqa: S101 - `relay` has set it
+        declared = asked.declared
+        whole = call.snapshot.config.limiter.reserve == "max"
+        if whole and declared is None and limits is not None and limits.counts_tokens:
+            each = max(1, (most or LARGEST) // asked.choices)
+            bound_output(envelope, dialect.output_fields, each)
+            declared = each * asked.choices
+        estimate = call.estimate = self._recent.estimate(
+            call.exchange.key, route.model, size, declared=declared, most=most, many=asked.choices
+        )
+        if whole:
+            demand = Demand(estimate.input, estimate.largest)
+        else:
+            demand = Demand(estimate.input, estimate.output, estimate.largest)
+        await self.admit(call, demand)
+
+    async def admit(self, call: Call, demand: Demand = ONE_REQUEST) -> None:
+        """Take what a request needs of all that limits it.
+
+        Raises:
+            ProxyError: one of these limits refuses it; nothing was taken.
+        """
+        if call.limits is None:
+            return
+        held = await call.limits.admit(demand)
+        if not isinstance(held, Refusal):
+            call.held = held
+        elif held.wait is None:
+            raise errors.input_too_large(held.message)
+        else:
+            raise errors.rate_limit_exceeded(held.kind, held.message, held.wait)
 
     def _ask(self, call: Call, dialect: Dialect, target: Target, envelope: Envelope) -> Ask:
         client = call.snapshot.clients[target.upstream.name]
         body = envelope.encode()
-        call.size = len(body)
         beta = call.request.query.get("beta") if dialect.api == "messages" else None
         head = client.request_head(
             dialect.api,
             client.target(dialect.path, beta),
             call.request.headers.items(),
             request_id=call.exchange.request_id,
-            size=call.size,
+            size=len(body),
         )
         return Ask(client, call.exchange, call.watch, shape=dialect.shape).post(head, body)
 

@@ -8,19 +8,23 @@ from __future__ import annotations
 import html
 import platform
 from collections import Counter
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import aiproxy
+from aiproxy.limits import SECOND
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
 
     from aiproxy.config import Config, Key
+    from aiproxy.limits import Level
     from aiproxy.listener import Listener
     from aiproxy.metrics import Metrics
     from aiproxy.proxy import Proxy
     from aiproxy.reload import Reloader
+    from aiproxy.stores.memory import MemoryLimits
 
 Report = dict[str, Any]
 
@@ -37,12 +41,14 @@ class Status:
         *,
         proxy: Proxy,
         reloader: Reloader,
+        limits: MemoryLimits,
         clients: Listener,
         metrics: Metrics,
         dropped: Callable[[], int],
     ) -> None:
         self._proxy = proxy
         self._reloader = reloader
+        self._limits = limits
         self._clients = clients
         self._metrics = metrics
         self._dropped = dropped
@@ -78,8 +84,13 @@ class Status:
             "tokens": self._metrics.tokens_by_type(),
             "log_dropped": self._dropped(),
             "upstreams": self._upstreams(Counter(exchange.upstream for exchange in exchanges)),
-            "routes": _routes(config),
-            "keys": _keys(config, Counter(exchange.key for exchange in exchanges), now),
+            "routes": _routes(config, self._limits.levels("routes")),
+            "keys": _keys(
+                config,
+                Counter(exchange.key for exchange in exchanges),
+                self._limits.levels("keys"),
+                now,
+            ),
         }
 
     def _upstreams(self, in_flight: Mapping[str, int]) -> list[Report]:
@@ -99,17 +110,45 @@ class Status:
         return found
 
 
-def _routes(config: Config) -> list[Report]:
+Levels = Mapping[str, list["Level"]]
+
+
+def _routes(config: Config, levels: Levels) -> list[Report]:
     return [
-        {"model": route.model, "upstreams": [target.name for target in route.targets]}
+        {
+            "model": route.model,
+            "upstreams": [target.name for target in route.targets],
+            "limits": _limits(levels.get(route.model, [])),
+        }
         for route in config.routes
     ]
 
 
-def _keys(config: Config, in_flight: Mapping[str, int], now: datetime) -> list[Report]:
+def _keys(
+    config: Config, in_flight: Mapping[str, int], levels: Levels, now: datetime
+) -> list[Report]:
     return [
-        {"name": name, "state": _state(key, now), "in_flight": in_flight[name]}
+        {
+            "name": name,
+            "state": _state(key, now),
+            "in_flight": in_flight[name],
+            "limits": _limits(levels.get(name, [])),
+        }
         for name, key in config.keys.items()
+    ]
+
+
+def _limits(levels: list[Level]) -> list[Report]:
+    """How limits stand; `remaining` is below zero where there is a debt."""
+    return [
+        {
+            "limit": level.kind,
+            "window": level.window or None,
+            "capacity": level.capacity,
+            "remaining": level.remaining,
+            "full_in_s": round(level.reset / SECOND, 3),
+        }
+        for level in levels
     ]
 
 
@@ -209,4 +248,14 @@ def _table(rows: list[Report]) -> str:
 
 
 def _text(value: object) -> str:
-    return html.escape(", ".join(map(str, value)) if isinstance(value, list) else str(value))
+    if isinstance(value, list):
+        return ", ".join(_limit(each) if isinstance(each, dict) else _text(each) for each in value)
+    return html.escape(str(value))
+
+
+def _limit(level: Report) -> str:
+    """A limit with a bar of what is left of it."""
+    left, capacity = level["remaining"], level["capacity"]
+    per = f" per {level['window']}" if level["window"] else ""
+    what = _text(f"{level['limit']}{per}")
+    return f'<meter max="{capacity}" value="{max(0, left)}"></meter> {left} of {capacity} {what}'

@@ -30,6 +30,16 @@ class Usage:
     output_reasoning: int = 0
 
     @property
+    def total(self) -> int:
+        """All tokens."""
+        return self.input + self.input_cached + self.output + self.output_reasoning
+
+    @property
+    def total_input(self) -> int:
+        """Input tokens, cached ones included."""
+        return self.input + self.input_cached
+
+    @property
     def total_output(self) -> int:
         """Output tokens, reasoning included."""
         return self.output + self.output_reasoning
@@ -102,11 +112,6 @@ def _optional(usage: dict[str, Any], name: str) -> object:
     return 0 if count is None else count
 
 
-def estimate_input(size: int) -> int:
-    """Tokens of a request body of `size` bytes; at least 1."""
-    return max(1, size // BYTES_PER_TOKEN)
-
-
 def estimate_output(deltas: int, size: int) -> int:
     """Tokens of `deltas` text deltas of `size` bytes in all: a delta holds at least one."""
     return max(deltas, -(-size // BYTES_PER_TOKEN))
@@ -119,10 +124,11 @@ def charge(
     reason: Reason | None,
     answered: bool,
     streamed: bool,
-    size: int,
+    given: int,
     delivered: int,
     paced: int,
-    most: int | None,
+    largest: int,
+    firm: bool,
 ) -> tuple[Usage | None, Reason | None]:
     """What a request that was sent upstream is charged, and why if that is an estimate.
 
@@ -132,19 +138,19 @@ def charge(
         reason: why there is none.
         answered: a success status came.
         streamed: a stream was asked for.
-        size: bytes that went to the model.
+        given: estimated input tokens.
         delivered: estimated output tokens that reached the client.
         paced: output tokens that the target makes in the time that it had.
-        most: the largest output that the request or its route allows.
+        largest: the largest output that the answer can have.
+        firm: whether the request or its route says so; else what was delivered may be more.
     """
     if counted is not None:
         return counted, None
-    given = estimate_input(size)
     match outcome:
         case "client_disconnected":
             # The upstream went on working for a client that does not wait: it pays for the larger.
-            made = max(delivered, paced)
-            made = made if most is None else min(made, most)
+            made = max(delivered, min(paced, largest))
+            made = min(made, largest) if firm else made
             return Usage(input=given, output=made), "disconnected"
         case "completed" | "incomplete" | "failed":
             return Usage(input=given, output=delivered), reason or "missing"
@@ -154,30 +160,3 @@ def charge(
             return Usage(input=given, output=delivered), "cut"
         case _:
             return None, None
-
-
-class Pace:
-    """Recent output tokens per second of each target, for answers whose end was not seen.
-
-    An exponential average over answers: quick enough to follow a model's load, steady enough that
-    one odd answer does not decide what the next caller is charged.
-    """
-
-    UNKNOWN = 30.0  # tokens per second of a target that has not answered yet
-    _WEIGHT = 0.2
-    _SHORTEST = 0.05  # seconds; a shorter answer says nothing about pace
-
-    def __init__(self) -> None:
-        self._rates: dict[tuple[str, str], float] = {}
-
-    def observe(self, target: tuple[str, str], tokens: int, seconds: float) -> None:
-        """One whole answer of `tokens` output tokens, `seconds` after its headers."""
-        if tokens <= 0 or seconds < self._SHORTEST:
-            return
-        rate = tokens / seconds
-        known = self._rates.get(target)
-        self._rates[target] = rate if known is None else known + self._WEIGHT * (rate - known)
-
-    def tokens(self, target: tuple[str, str], seconds: float) -> int:
-        """What `target` makes in `seconds`."""
-        return int(self._rates.get(target, self.UNKNOWN) * max(0.0, seconds))

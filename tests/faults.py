@@ -249,7 +249,8 @@ def check_charge(
         return
     assert request is not None
     assert line["estimated"] is True
-    assert counts["input"] == len(request.body) // 4
+    # Four bytes are a token, until a route's answers show another ratio; ours are not far from it.
+    assert abs(counts["input"] - len(request.body) // 4) <= 1 + len(request.body) // 100
     assert counts["input_cached"] == counts["output_reasoning"] == 0
     if charge == "estimate":
         assert counts["output"] > 0

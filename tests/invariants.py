@@ -1,4 +1,4 @@
-"""What must be true after every case: I1, I3, I4, I5, I7 and I8 of the list of faults."""
+"""What must be true after every case: I1 to I5, I7 and I8 of the list of faults."""
 
 import asyncio
 import json
@@ -104,6 +104,7 @@ async def check_invariants(
         check_terminal(stream, completed=completed)
     await check_healthy(proxy)
     await check_conservation(proxy)
+    check_settled(proxy)
     await check_tokens(proxy)
     if baseline is not None:
         await check_at_rest(upstream, baseline)
@@ -135,6 +136,15 @@ async def check_conservation(proxy: Proxy) -> None:
         assert totals(metrics, "aiproxy_requests_total", "outcome") == outcomes
 
     await eventually(holds)
+
+
+def check_settled(proxy: Proxy) -> None:
+    """I2: no slot is held, and nothing is set aside."""
+    assert proxy.daemon._limits.held == 0
+    for accounts in proxy.daemon._limits._books.values():
+        for account in accounts.values():
+            for bucket in account.tokens:
+                assert (bucket.exposed, bucket.far) == (0, 0), account
 
 
 async def check_tokens(proxy: Proxy) -> None:

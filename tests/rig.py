@@ -30,6 +30,9 @@ CREDENTIAL = "sk-upstream-credential-8842-QwErTy"
 PROMPT_CANARY = "PROMPT-CANARY-7431"
 OUTPUT_CANARY = "OUTPUT-CANARY-2719"
 
+# Refuse nothing, but are taken and given back by every request.
+AMPLE = {"requests": "900000000/min", "tokens": "900000000000/min", "concurrent": 900000000}
+
 ABSENT = object()  # as an override: leave the key out
 
 Labels = frozenset[tuple[str, str]]
@@ -80,7 +83,10 @@ def base_config(upstream_url: str) -> dict[str, Any]:
             }
         },
         "routes": routes(),
-        "keys": {"team-a": {"sha256": key_hash(TEAM_A)}, "team-b": {"sha256": key_hash(TEAM_B)}},
+        "keys": {
+            "team-a": {"sha256": key_hash(TEAM_A), "limits": AMPLE},
+            "team-b": {"sha256": key_hash(TEAM_B)},
+        },
         "drain": {"delay": "0s", "timeout": "5s"},
         "log": {"level": "debug", "format": "json"},
     }

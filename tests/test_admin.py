@@ -325,13 +325,13 @@ async def test_the_page_is_plain(serve: Serve) -> None:
     elements = list(ET.fromstring(as_xml).iter())  # noqa: S314 - strict, and our own
     assert {it.tag for it in elements} == {
         "html", "head", "title", "style", "body", "h1", "h2", "table", "thead", "tbody", "tr",
-        "th", "td", "p", "a", "span",
+        "th", "td", "p", "a", "span", "meter",
     }  # fmt: skip
     text = "\n".join(it.text or "" for it in elements).split("\n")
     for name in (*ODD, "scripted", "team-a", "expired", "disabled", "ready", "completed"):
         assert name in text
     attributes = [pair for it in elements for pair in it.items()]
-    assert {name for name, _ in attributes} <= {"lang", "class", "href"}
+    assert {name for name, _ in attributes} <= {"lang", "class", "href", "max", "value"}
     links = {value for name, value in attributes if name == "href"}
     assert links == {"metrics", "-/config", "-/status"}
     assert not re.search(rb"url\(|@import|https?://(?!127\.0\.0\.1)", answer.body)

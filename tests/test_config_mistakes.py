@@ -116,11 +116,11 @@ TOP: list[tuple[str, ...]] = [
     ("sessions: {ttl: 31d}", "3:17: sessions.ttl: not supported yet: only the default, 30d, is accepted"),
     ("sessions: {max_turns: 0}", "3:23: sessions.max_turns: must be at least 1, not 0"),
     ("limiter: {store: sqlite:/x}", "3:18: limiter.store: must be memory: or redis://HOST:PORT/DB"),
-    ("limiter: {reserve: max}", "3:20: limiter.reserve: not supported yet: only the default, p90, is accepted"),
+    ("limiter: {reserve: most}", "3:20: limiter.reserve: must be p90 or max, not 'most'"),
+    ("limiter: {on_error: deny}", "3:21: limiter.on_error: not supported yet: only the default, degrade, is accepted"),
     ("breaker: {failures: 6}", "3:21: breaker.failures: not supported yet: only the default, 5, is accepted"),
     ("tracing: {otlp: http://x}", "3:10: tracing: not supported yet: leave the key out"),
     ("tracing: {content: true}", "3:1: tracing.otlp: is required"),
-    ("keys_default: {limits: {requests: 5/s}}", "3:24: keys_default.limits: not supported yet: leave the key out"),
     ("keys_default: {limits: {requests: 5/m, tokens: [5/s, {rate: 5/s, burst: 0}], concurrent: x}}", "3:35: keys_default.limits.requests: must be a rate such as 10/s, 600/min, 1000/h or 5000/day, not '5/m'", "3:73: keys_default.limits.tokens[1].burst: must be at least 1, not 0", "3:90: keys_default.limits.concurrent: must be a whole number, not 'x'"),
     ("keys_default: {limits: {tokens: {burst: 5}}}", "3:25: keys_default.limits.tokens.rate: is required"),
 ]
@@ -213,7 +213,6 @@ ROUTE: list[tuple[str, ...]] = [
     ("unsupported_tools: drop", "5:22: routes[0].unsupported_tools: not supported yet: only the default, refuse, is accepted"),
     ("unsupported_tools: x", "5:22: routes[0].unsupported_tools: must be refuse or drop, not 'x'"),
     ("default_max_tokens: 5", "5:23: routes[0].default_max_tokens: not supported yet: only the default, 4096, is accepted"),
-    ("limits: {concurrent: 64}", "5:11: routes[0].limits: not supported yet: leave the key out"),
     ("limits: {concurrent: many}", "5:24: routes[0].limits.concurrent: must be a whole number, not 'many'"),
 ]
 
@@ -254,9 +253,9 @@ KEY: list[tuple[str, ...]] = [
     ("expires: 2027-06-30T12:00:00", "6:14: keys.k.expires: must be a day such as 2027-06-30 or an instant such as 2027-06-30T12:00:00Z, not '2027-06-30T12:00:00'"),
     ("expires: 9999-12-31", "6:14: keys.k.expires: there is no such time as '9999-12-31'"),
     ("disabled: no", "6:15: keys.k.disabled: must be true or false, not 'no'"),
-    ("deny: [service_tier]", "6:11: keys.k.deny: not supported yet: only the default, [], is accepted"),
+    ("deny: [service tier]", "6:12: keys.k.deny[0]: must be a field such as service_tier or tools.web_search"),
+    ("deny: [tools., input]", "6:12: keys.k.deny[0]: must be a field such as service_tier or tools.web_search", "6:20: keys.k.deny[1]: every request needs input: to refuse the key, disable it"),
     ("deny: x", "6:11: keys.k.deny: must be a list, not text"),
-    ("limits: {}", "6:13: keys.k.limits: not supported yet: leave the key out"),
     ("limits: {requests: 600}", "6:24: keys.k.limits.requests: must be a rate such as 10/s, 600/min, 1000/h or 5000/day, not 600"),
 ]
 

@@ -12,13 +12,13 @@ CONNECTED = "config stores upstream upstream_answer upstream_connection upstream
 CONNECTED += "upstream_pool watch body listener reply metrics logs tracing systemd"
 # Bottom to top. At runtime a module imports from lower layers only, save SAME_LAYER and NARROW.
 LAYERS = [
-    "errors sse usage headers jsontext coding",
+    "errors sse usage headers jsontext coding prompt_size",
     "envelope",
-    "limits routes sessions dialects auth",
+    "limits routes sessions dialects auth recent",
     "exchange",
     CONNECTED,
     "snapshot call relay proxy",
-    "reload app sockets",
+    "reload app sockets levels",
     "status",
     "admin",
     "daemon",
@@ -44,7 +44,7 @@ SAME_LAYER = {
     ("demo", "demo_upstream"),
 }
 NARROW = {
-    4: {"errors", "headers", "coding", "exchange"}
+    4: {"errors", "headers", "coding", "exchange", "limits"}
 }  # all that these layers know of the lower ones
 # For types only, besides what lies below: who may name what.
 TYPES = {

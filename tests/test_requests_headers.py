@@ -11,7 +11,7 @@ import pytest
 from aiproxy.config import ConfigError
 from client import RawClient
 from refusals import assert_stays
-from rig import ABSENT, CREDENTIAL, OUTPUT_CANARY, TEAM_A, Proxy, prompt
+from rig import ABSENT, CREDENTIAL, OUTPUT_CANARY, TEAM_A, TEAM_B, Proxy, prompt
 from upstream import Headers, Recorded, ScriptedUpstream, Send, json_answer
 
 Serve = Callable[..., Awaitable[Proxy]]
@@ -278,17 +278,17 @@ OF_JSON = {"content-type", "content-length", "date", "x-request-id", "x-aiproxy-
 
 
 async def test_what_comes_back(serve: Serve, upstream: ScriptedUpstream) -> None:
-    """Exactly the allow-list and our own, on JSON answers and streams."""
+    """Exactly the allow-list and our own, on JSON answers and streams (team-b has no limits)."""
     proxy = await serve()
     answer = {"object": "response", "output": []}
     upstream.script(json_answer(answer, headers=[*BACK.items(), *NOT_BACK.items()]))
-    got = (await proxy.post(headers={"x-request-id": "mine"})).headers
+    got = (await proxy.post(headers={"x-request-id": "mine"}, key=TEAM_B)).headers
     assert set(got) == {*BACK, *OF_JSON}
     assert {name: got[name] for name in BACK} == BACK
     assert (got["x-request-id"], got["x-aiproxy-upstream"]) == ("mine", "scripted")
     request = upstream.requests[-1]
     assert request.header("x-request-id") == "mine"
-    streamed = (await proxy.post(R, prompt(stream=True))).headers
+    streamed = (await proxy.post(R, prompt(stream=True), key=TEAM_B)).headers
     own = {"cache-control", "x-accel-buffering", "transfer-encoding"}
     assert set(streamed) == (OF_JSON - {"content-length"}) | own
     assert (streamed["cache-control"], streamed["x-accel-buffering"]) == ("no-cache", "no")

@@ -332,7 +332,8 @@ async def test_who_is_watched(
     timer = proxy.daemon._timers.get("watchdog")
     assert (timer is None) == (seconds is None)
     if timer is not None and seconds is not None:
-        assert timer.when() - asyncio.get_running_loop().time() <= seconds / 2
+        due = timer.when() - asyncio.get_running_loop().time()
+        assert due <= seconds / 2 + 1e-6  # of floats
 
 
 async def test_signs_of_life_come_again_and_again(start: Start, one_manager: Manager) -> None:

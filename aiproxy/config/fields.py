@@ -152,4 +152,7 @@ Headers = Annotated[
     AfterValidator(MappingProxyType),
     WrapSerializer(_dump_read_only),
 ]
+DeniedField = Annotated[
+    str, AfterValidator(texts.denied_field), Field(json_schema_extra={"pattern": texts.FIELD})
+]
 AllowedHeader = Annotated[str, AfterValidator(texts.header_allowed)]

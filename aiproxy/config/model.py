@@ -18,6 +18,7 @@ from aiproxy.config import texts, units
 from aiproxy.config.fields import (
     Address,
     Count,
+    DeniedField,
     Duration,
     Expiry,
     ModelName,
@@ -159,8 +160,8 @@ class Key(Stanza):
     """Names or globs of models it may use; default: every route."""
     limits: Limits | None = None
     """Instead of keys_default's."""
-    deny: tuple[str, ...] = ()
-    """Fields this key may not use."""
+    deny: tuple[DeniedField, ...] = ()
+    """Fields this key may not use: a field, or field.name: a member, or a type in a list."""
     expires: Expiry | None = None
     """The last valid day (UTC), or the instant from which it is invalid (RFC 3339)."""
     disabled: StrictBool = False

@@ -21,6 +21,7 @@ NAME = r"^[A-Za-z0-9._-]{1,64}$"
 SHA256 = r"^[0-9A-Fa-f]{64}$"
 VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 TOKEN = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"  # noqa: S105 - RFC 9110, section 5.6.2
+FIELD = r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_-]+)*$"
 STORE = r"^(memory:|sqlite:.+|rediss?://.+)$"
 SHARED_STORE = r"^(memory:|rediss?://.+)$"
 
@@ -45,6 +46,7 @@ _FRAMING = frozenset(
 )
 # What a client proves itself to aiproxy with, or its browser to a site: no upstream's business.
 _CREDENTIALS = frozenset(["authorization", "x-api-key", "api-key", "cookie"])
+_NEEDED = frozenset(["model", "input", "messages"])
 # aiproxy sends these itself: the request id of its log line, the type of the body it sends.
 _OWN = frozenset(["x-request-id", "content-type"])
 
@@ -140,6 +142,15 @@ def _token(text: str) -> str:
     if not re.fullmatch(TOKEN, text):
         raise ValueError("must be the name of a header")
     return text.lower()
+
+
+def denied_field(text: str) -> str:
+    """Return a field that is denied to a key: `service_tier`, `tools.web_search`."""
+    if not re.fullmatch(FIELD, text):
+        raise ValueError("must be a field such as service_tier or tools.web_search")
+    if text in _NEEDED:
+        raise ValueError(f"every request needs {text}: to refuse the key, disable it")
+    return text
 
 
 def store(text: str) -> str:

@@ -19,6 +19,7 @@ from aiproxy.usage import estimate_output
 
 if TYPE_CHECKING:
     import re
+    from collections.abc import Sequence
 
     from aiproxy.envelope import Envelope
     from aiproxy.errors import Outcome, ProxyError, Shape
@@ -39,6 +40,27 @@ class Asked:
     envelope: Envelope | None = None  # responses: what a failed response repeats, while needed
 
 
+def output_maximum(envelope: Envelope, name: str) -> int | None:
+    """A declared output maximum. Below 1 it is none: some servers take it for "without end".
+
+    Raises:
+        ProxyError: it is no integer.
+    """
+    value = envelope.integer(name)
+    return value if value is not None and value > 0 else None
+
+
+def bound_output(envelope: Envelope, fields: Sequence[str], most: int) -> None:
+    """Let a request that declares no output maximum declare this one.
+
+    A 0 stays as it is: to some servers it means no output at all.
+    """
+    given = [name for name in fields if name in envelope]
+    if not any(envelope.integer(name) == 0 for name in given):
+        for name in given or fields[:1]:
+            envelope.put(name, most)
+
+
 class Answer(NamedTuple):
     """A JSON answer, read."""
 
@@ -49,11 +71,18 @@ class Answer(NamedTuple):
 
 
 class Dialect(Protocol):
-    """One API. `path` is appended to an upstream's base URL; `shape` is that of its errors."""
+    """One API.
+
+    Attributes:
+        path: appended to an upstream's base URL.
+        shape: of its errors.
+        output_fields: of a request, those that bound its output; the first is the one to use.
+    """
 
     api: str
     path: str
     shape: Shape
+    output_fields: Sequence[str]
 
     def request(self, envelope: Envelope) -> Asked:
         """Check what is read of the body, and make explicit what must be.

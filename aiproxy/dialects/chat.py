@@ -19,12 +19,15 @@ from aiproxy.dialects import (
     Stream,
     many_lines,
     members_of,
+    output_maximum,
     restore_model,
     restored_frame,
     value_of,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aiproxy.envelope import Envelope
     from aiproxy.errors import Outcome, ProxyError, Shape
 
@@ -44,6 +47,7 @@ class Chat:
     api = "chat"
     path = "/chat/completions"
     shape: Shape = "openai"
+    output_fields: Sequence[str] = ("max_completion_tokens", "max_tokens")
 
     def request(self, envelope: Envelope) -> Asked:
         """See `Dialect`."""
@@ -54,8 +58,8 @@ class Chat:
         declared, declared_as = max(
             (
                 (limit * choices, name)
-                for name in ("max_completion_tokens", "max_tokens")
-                if (limit := envelope.integer(name)) is not None
+                for name in self.output_fields
+                if (limit := output_maximum(envelope, name)) is not None
             ),
             default=(None, ""),
         )
@@ -97,6 +101,7 @@ class Embeddings:
     api = "embeddings"
     path = "/embeddings"
     shape: Shape = "openai"
+    output_fields: Sequence[str] = ()
 
     def request(self, envelope: Envelope) -> Asked:
         """See `Dialect`. `stream` is no field of this API; strict upstreams refuse it."""

@@ -16,12 +16,15 @@ from aiproxy.dialects import (
     Stream,
     many_lines,
     members_of,
+    output_maximum,
     restore_model,
     restored_frame,
     value_of,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aiproxy.envelope import Envelope
     from aiproxy.errors import ProxyError, Shape
 
@@ -41,6 +44,7 @@ class Messages:
     api = "messages"
     path = "/messages"
     shape: Shape = "anthropic"
+    output_fields: Sequence[str] = ("max_tokens",)
 
     def request(self, envelope: Envelope) -> Asked:
         """See `Dialect`."""
@@ -51,7 +55,7 @@ class Messages:
         return Asked(
             model=model,
             stream=stream,
-            declared=envelope.integer("max_tokens"),
+            declared=output_maximum(envelope, "max_tokens"),
             declared_as="max_tokens",
         )
 

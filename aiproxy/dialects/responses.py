@@ -21,12 +21,15 @@ from aiproxy.dialects import (
     elements_of,
     many_lines,
     members_of,
+    output_maximum,
     restore_model,
     restored_frame,
     value_of,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aiproxy.envelope import Envelope
     from aiproxy.errors import Outcome, ProxyError, Shape
 
@@ -72,6 +75,7 @@ class Responses:
     api = "responses"
     path = "/responses"
     shape: Shape = "openai"
+    output_fields: Sequence[str] = ("max_output_tokens",)
 
     def request(self, envelope: Envelope) -> Asked:
         """See `Dialect`. Conversations are not held yet: what needs one is refused."""
@@ -92,7 +96,7 @@ class Responses:
         return Asked(
             model=model,
             stream=stream,
-            declared=envelope.integer("max_output_tokens"),
+            declared=output_maximum(envelope, "max_output_tokens"),
             envelope=envelope if stream else None,
         )
 

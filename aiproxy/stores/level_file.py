@@ -1,0 +1,121 @@
+"""Levels of limits over a restart: a file in the state directory.
+
+A restart gives nobody a full bucket. The file holds what was left, and when: within one boot of the
+machine by a clock that nobody sets, else by the wall clock. What is aged wrongly is never more than
+full.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from aiproxy.stores.memory import Levels
+
+NAME = "levels.json"
+VERSION = 1
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # random(4)
+
+
+class _Bucket(msgspec.Struct, forbid_unknown_fields=True):
+    """See `SavedBucket`."""
+
+    amount: int
+    seconds: int
+    capacity: int
+    level: int
+
+
+class LevelFileError(Exception):
+    """The file cannot be used; the message says why."""
+
+
+class _Document(msgspec.Struct):
+    version: int
+    boot_id: str
+    monotonic_ns: int
+    time_ns: int
+    levels: dict[str, dict[str, dict[str, list[_Bucket]]]]
+
+
+def state_directory(environ: Mapping[str, str]) -> Path | None:
+    """Where state is kept: as systemd says for `StateDirectory=` (systemd.exec(5))."""
+    first = environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    return Path(first) if first else None
+
+
+class LevelFile:
+    """The file of one state directory. All of it may block."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / NAME
+
+    def load(self) -> tuple[Levels, int] | None:
+        """The saved levels, and how many ns ago that was; None: there are none.
+
+        Raises:
+            LevelFileError: it cannot be read, or is not what `save` writes.
+        """
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise LevelFileError(os.strerror(error.errno or 0)) from None
+        try:
+            document = msgspec.json.decode(data, type=_Document)
+        except (msgspec.DecodeError, ValueError) as error:
+            raise LevelFileError(f"not a file of levels: {error}") from None
+        if document.version != VERSION:
+            raise LevelFileError(f"its version is {document.version}, not {VERSION}")
+        for book in document.levels.values():
+            for kinds in book.values():
+                for bucket in (bucket for buckets in kinds.values() for bucket in buckets):
+                    if min(bucket.amount, bucket.seconds, bucket.capacity) < 1:
+                        raise LevelFileError("not a file of levels: a rate below 1")
+        if document.boot_id and document.boot_id == _boot_id():
+            age = time.monotonic_ns() - document.monotonic_ns
+        else:
+            age = time.time_ns() - document.time_ns
+        levels: Any = msgspec.to_builtins(document.levels)
+        return levels, max(0, age)
+
+    def save(self, levels: Levels, monotonic_ns: int, time_ns: int) -> None:
+        """Put levels of these moments in the place of the old ones: whole, or not at all.
+
+        Raises:
+            OSError: it cannot be written; the old file is as it was.
+        """
+        document = {
+            "version": VERSION,
+            "boot_id": _boot_id(),
+            "monotonic_ns": monotonic_ns,
+            "time_ns": time_ns,
+            "levels": levels,
+        }
+        beside = self.path.with_suffix(f".{os.getpid()}.new")
+        try:
+            with beside.open("wb") as file:
+                file.write(msgspec.json.encode(document))
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(self.path)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+def _boot_id() -> str:
+    """Which boot of the machine this is; empty if that is not told."""
+    try:
+        return _BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
