@@ -108,7 +108,7 @@ class Account:
         for one in saved:
             spec = Window(one["amount"], one["seconds"], one["capacity"])
             bucket = TokenBucket(self.owner, spec, then)
-            bucket.put(min(one["level"] * bucket.unit // MICRO, bucket.full), then)
+            bucket.put(one["level"] * bucket.unit // MICRO, then)
             buckets.append(bucket)
         return tuple(buckets)
 

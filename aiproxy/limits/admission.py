@@ -23,8 +23,8 @@ class Demand(NamedTuple):
     Attributes:
         input: tokens, as estimated; 0: it takes no tokens at all.
         output: tokens to set aside for the output.
-        largest: the largest possible output, where that may be more; it is then bounded (see
-            `Combined`).
+        largest: the largest possible output, at least `output`, where that may be more; the demand
+            is then bounded (see `Combined`).
         slot: it takes a slot, too.
     """
 
@@ -107,8 +107,6 @@ class Reservation:
             return
         for slots in self._slots:
             slots.held -= 1
-        if not taken:
-            return
         clock = self._clock
         now = clock.read()
         if now > clock.latest:
