@@ -19,6 +19,7 @@ from aiproxy.limits import (
     Clock,
     Combined,
     Demand,
+    Level,
     Refusal,
     Reservation,
     TokenBucket,
@@ -71,6 +72,10 @@ class World:
         result = self.all.admit(demand)
         assert isinstance(result, Reservation), result
         return result
+
+    def levels(self) -> list[Level]:
+        """Every level of every account."""
+        return [it for account in self.accounts for it in account.levels(self.clock.now())]
 
     def state(self) -> list[object]:
         """All that admission depends on."""
@@ -175,7 +180,7 @@ def test_a_message_about_a_debt_that_may_come() -> None:
     )
     world.refused(Demand(1, 0, 80))
     world.admitted(Demand(1, 0, 79))
-    assert [told.remaining for told in world.all.levels()] == [169, 69]
+    assert [told.remaining for told in world.levels()] == [169, 69]
     two = World([limits(requests="1/min", tokens="10/h")])
     two.admitted(Demand(10)).settle(100)
     assert two.refused(ONE_REQUEST).wait == MINUTE
@@ -233,7 +238,7 @@ def test_levels_as_told() -> None:
     world = World([limits(requests="60/min", tokens="100/s", concurrent=3), limits(tokens="10/s")])
     held = world.admitted(Demand(5))
     opened = [held.open]
-    assert [tuple(level) for level in world.all.levels()] == [
+    assert [tuple(level) for level in world.levels()] == [
         ("requests", "minute", 60, 59, SECOND),
         ("tokens", "second", 100, 95, SECOND // 20),
         ("concurrent", "", 3, 2, 0),
@@ -241,9 +246,14 @@ def test_levels_as_told() -> None:
     ]
     held.settle(25)
     assert [*opened, held.open] == [True, False]
-    assert [tuple(level) for level in world.all.levels()][1:] == [
+    assert [tuple(level) for level in world.levels()][1:] == [
         ("tokens", "second", 100, 75, SECOND // 4),
         ("concurrent", "", 3, 3, 0),
+        ("tokens", "second", 10, -15, 5 * SECOND // 2),
+    ]
+    # A request is told the tightest of both owners: here the route's tokens.
+    assert [tuple(level) for level in world.all.levels()] == [
+        ("requests", "minute", 60, 59, SECOND),
         ("tokens", "second", 10, -15, 5 * SECOND // 2),
     ]
 

@@ -59,7 +59,7 @@ class Limits(Protocol):
         """See `Combined.admit`."""
 
     def levels(self) -> Sequence[Level]:
-        """How each limit stands, as far as it is known here and now."""
+        """The tightest window of requests and of tokens, as far as it is known here and now."""
 
 
 class LimitStore(Protocol):

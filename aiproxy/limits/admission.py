@@ -245,9 +245,20 @@ class Combined:
         return found[0]._replace(wait=max(refusal.wait or 0 for refusal in found))
 
     def levels(self) -> list[Level]:
-        """How each of the limits stands."""
+        """The tightest window of requests and of tokens, where there is one."""
         now = self._clock.now()
-        return [level for account in self.accounts for level in account.levels(now)]
+        found = []
+        if self.requests:
+            found.append(_tightest("requests", self.requests, now))
+        if self.tokens:
+            found.append(_tightest("tokens", self.tokens, now))
+        return found
+
+
+def _tightest(kind: Kind, buckets: tuple[TokenBucket, ...], now: int) -> Level:
+    if len(buckets) == 1:  # mostly; and every answer has it
+        return buckets[0].level(kind, now)
+    return min((bucket.level(kind, now) for bucket in buckets), key=lambda level: level.left)
 
 
 def _refused(

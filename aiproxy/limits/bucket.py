@@ -53,6 +53,11 @@ class Level(NamedTuple):
     remaining: int  # below zero: a debt
     reset: int  # ns until it is full; 0 for slots
 
+    @property
+    def left(self) -> tuple[int, int]:
+        """By which the tightest is the least: what remains; of two alike the later one is."""
+        return self.remaining, -self.reset
+
 
 class TokenBucket:
     """One window of one limit.

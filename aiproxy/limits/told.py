@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
-    from aiproxy.limits.bucket import Level
+    from aiproxy.limits.bucket import Kind, Level
 
 _MILLISECOND = 1_000_000  # nanoseconds
 
@@ -18,8 +18,10 @@ def go_duration(nanoseconds: int) -> str:
     In whole milliseconds, rounded up: who waits for so long has waited long enough.
     """
     milliseconds = -(-nanoseconds // _MILLISECOND)
+    if not milliseconds:
+        return "0s"
     if milliseconds < 1000:  # noqa: PLR2004 - a second
-        return f"{milliseconds}ms" if milliseconds else "0s"
+        return f"{milliseconds}ms"
     seconds, rest = divmod(milliseconds, 1000)
     minutes, seconds = divmod(seconds, 60)
     hours, minutes = divmod(minutes, 60)
@@ -29,24 +31,30 @@ def go_duration(nanoseconds: int) -> str:
     return f"{minutes}m{text}s" if minutes else f"{text}s"
 
 
-def tightest(levels: Iterable[Level]) -> Mapping[str, Level]:
-    """Of each kind the limit that leaves the least; of two alike the one that is full later."""
-    found: dict[str, Level] = {}
+def tightest(levels: Iterable[Level]) -> dict[Kind, Level]:
+    """Of each kind the limit that leaves the least."""
+    found: dict[Kind, Level] = {}
     for level in levels:
         known = found.get(level.kind)
-        if known is None or (level.remaining, -level.reset) < (known.remaining, -known.reset):
+        if known is None or level.left < known.left:
             found[level.kind] = level
     return found
 
 
+_NAMES = {
+    kind: tuple(f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset"))
+    for kind in ("requests", "tokens")
+}
+
+
 def ratelimit_headers(levels: Iterable[Level]) -> list[tuple[str, str]]:
-    """`x-ratelimit-*` of the tightest windows (API reference, "Rate limits in headers")."""
+    """`x-ratelimit-*` of these windows (API reference, "Rate limits in headers")."""
     found = []
-    for kind, level in tightest(levels).items():
-        if kind != "concurrent":
-            found += [
-                (f"x-ratelimit-limit-{kind}", str(level.capacity)),
-                (f"x-ratelimit-remaining-{kind}", str(max(0, level.remaining))),
-                (f"x-ratelimit-reset-{kind}", go_duration(level.reset)),
-            ]
+    for kind, _, capacity, remaining, reset in levels:
+        limit_name, remaining_name, reset_name = _NAMES[kind]
+        found += [
+            (limit_name, str(capacity)),
+            (remaining_name, str(max(0, remaining))),
+            (reset_name, go_duration(reset)),
+        ]
     return found
