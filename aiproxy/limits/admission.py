@@ -256,9 +256,18 @@ class Combined:
 
 
 def _tightest(kind: Kind, buckets: tuple[TokenBucket, ...], now: int) -> Level:
-    if len(buckets) == 1:  # mostly; and every answer has it
-        return buckets[0].level(kind, now)
-    return min((bucket.level(kind, now) for bucket in buckets), key=lambda level: level.left)
+    found, least = buckets[0], 0
+    if len(buckets) > 1:  # written out, since every answer has it
+        for bucket in buckets:
+            missing = bucket.full_at - bucket.amount * now
+            left = bucket.capacity if missing <= 0 else (bucket.full - missing) // bucket.unit
+            if bucket is found or left < least:
+                found, least = bucket, left
+            elif left == least and bucket.wait(missing) > found.wait(
+                found.full_at - found.amount * now
+            ):
+                found = bucket
+    return found.level(kind, now)
 
 
 def _refused(
