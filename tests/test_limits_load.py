@@ -130,13 +130,18 @@ async def test_a_burst_after_a_thousand_tiny_answers(
     assert 1.0 < await burst(proxy, upstream) <= 2.0
 
 
+def teach(proxy: Proxy) -> None:
+    """Let the history say that an answer has one token, as many tiny calls in between would."""
+    for _ in range(64):
+        proxy.daemon._proxy._recent.outputs.observe("team-a", "gpt-test", 1)
+
+
 async def test_a_burst_whose_streams_end_while_others_come(
     serve: Serve, upstream: ScriptedUpstream
 ) -> None:
     """Ends between arrivals make room for others, but not beyond twice the limit."""
     proxy = await serve(keys=limited(tokens=f"{LIMIT}/min"))
-    for _ in range(64):
-        proxy.daemon._proxy._recent.outputs.observe("team-a", "gpt-test", 1)
+    teach(proxy)
     first = Burst(proxy, upstream)
     await asyncio.gather(*(first.ask() for _ in range(14)))
     second = Burst(proxy, upstream)
@@ -144,6 +149,7 @@ async def test_a_burst_whose_streams_end_while_others_come(
     assert (len(first.open), first.refused) == (14, 0)
     assert second.refused > 0  # by what the open ones may use
     await first.finish()
+    teach(proxy)
     third = Burst(proxy, upstream)
     await asyncio.gather(*(third.ask() for _ in range(BURST - 50)))
     await second.finish()
