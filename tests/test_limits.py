@@ -1,12 +1,12 @@
 """Limits, by example: which one refuses first and what it says, durations, a reload, a restart."""
 
 import asyncio
-import json
 import re
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +22,8 @@ from aiproxy.limits import (
     Level,
     Refusal,
     Reservation,
+    Saved,
+    SavedBucket,
     TokenBucket,
     Window,
     go_duration,
@@ -329,13 +331,13 @@ def test_saved_levels_are_text_and_never_more_than_full() -> None:
     world = World([limits(requests="2/min", tokens={"rate": "10/s", "burst": 40})])
     world.admitted(Demand(30))
     saved = world.accounts[0].save(world.clock.now())
-    bucket = {"amount": 10, "seconds": 1, "capacity": 40, "level": 10_000_000}
+    bucket = SavedBucket(amount=10, seconds=1, capacity=40, level=10_000_000)
     assert saved["tokens"] == [bucket]
-    assert saved["requests"][0]["level"] == 1_000_000
+    assert saved["requests"][0].level == 1_000_000
     other = Account("key 'a'")
-    other.restore(json.loads(json.dumps(saved)), 0)
+    other.restore(msgspec.json.decode(msgspec.json.encode(saved), type=Saved), 0)
     assert [level.remaining for level in other.levels(0)] == [1, 10]
-    other.restore(json.loads(json.dumps({"tokens": [{**bucket, "level": 10**12}]})), 0)
+    other.restore({"tokens": [msgspec.structs.replace(bucket, level=10**12)]}, 0)
     assert [level.remaining for level in other.levels(0)] == [40]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
 
 from aiproxy.limits.bucket import MICRO, UNLIMITED, Level, Slots, TokenBucket, Window
 
@@ -12,12 +14,15 @@ if TYPE_CHECKING:
     from aiproxy.config import Limits, RateLimit
 
 
-class SavedBucket(TypedDict):
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class SavedBucket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A bucket at rest; `level` in millionths of a token."""
 
-    amount: int
-    seconds: int
-    capacity: int
+    amount: Positive
+    seconds: Positive
+    capacity: Positive
     level: int
 
 
@@ -106,9 +111,9 @@ class Account:
     def _restored(self, saved: Iterable[SavedBucket], then: int) -> tuple[TokenBucket, ...]:
         buckets = []
         for one in saved:
-            spec = Window(one["amount"], one["seconds"], one["capacity"])
+            spec = Window(one.amount, one.seconds, one.capacity)
             bucket = TokenBucket(self.owner, spec, then)
-            bucket.put(one["level"] * bucket.unit // MICRO, then)
+            bucket.put(one.level * bucket.unit // MICRO, then)
             buckets.append(bucket)
         return tuple(buckets)
 

@@ -138,16 +138,16 @@ class Combined:
       gets at most 2 * C + R * t, however little was set aside for it.
     """
 
-    __slots__ = ("_clock", "accounts", "requests", "slots", "tokens")
+    __slots__ = ("_clock", "requests", "slots", "tokens")
 
     def __init__(self, accounts: Iterable[Account], clock: Clock) -> None:
-        self.accounts = tuple(accounts)
+        accounts = tuple(accounts)
         self._clock = clock
         # Flat, and the buckets' arithmetic written out below, since every request pays for it:
         # calls of their methods would take three times as long.
-        self.slots = tuple(account.slots for account in self.accounts)
-        self.requests = tuple(b for account in self.accounts for b in account.requests)
-        self.tokens = tuple(b for account in self.accounts for b in account.tokens)
+        self.slots = tuple(account.slots for account in accounts)
+        self.requests = tuple(b for account in accounts for b in account.requests)
+        self.tokens = tuple(b for account in accounts for b in account.tokens)
 
     def admit(  # noqa: C901, PLR0912 - written out, see `__init__`
         self, demand: Demand

@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
+
+from aiproxy.limits import SavedBucket  # noqa: TC001 - it says what is decoded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,15 +27,6 @@ VERSION = 1
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # random(4)
 
 
-class _Bucket(msgspec.Struct, forbid_unknown_fields=True):
-    """See `SavedBucket`."""
-
-    amount: int
-    seconds: int
-    capacity: int
-    level: int
-
-
 class LevelFileError(Exception):
     """The file cannot be used; the message says why."""
 
@@ -43,7 +36,7 @@ class _Document(msgspec.Struct):
     boot_id: str
     monotonic_ns: int
     time_ns: int
-    levels: dict[str, dict[str, dict[str, list[_Bucket]]]]
+    levels: dict[str, dict[str, dict[str, list[SavedBucket]]]]
 
 
 def state_directory(environ: Mapping[str, str]) -> Path | None:
@@ -76,17 +69,11 @@ class LevelFile:
             raise LevelFileError(f"not a file of levels: {error}") from None
         if document.version != VERSION:
             raise LevelFileError(f"its version is {document.version}, not {VERSION}")
-        for book in document.levels.values():
-            for kinds in book.values():
-                for bucket in (bucket for buckets in kinds.values() for bucket in buckets):
-                    if min(bucket.amount, bucket.seconds, bucket.capacity) < 1:
-                        raise LevelFileError("not a file of levels: a rate below 1")
         if document.boot_id and document.boot_id == _boot_id():
             age = time.monotonic_ns() - document.monotonic_ns
         else:
             age = time.time_ns() - document.time_ns
-        levels: Any = msgspec.to_builtins(document.levels)
-        return levels, max(0, age)
+        return document.levels, max(0, age)
 
     def save(self, levels: Levels, monotonic_ns: int, time_ns: int) -> None:
         """Put levels of these moments in the place of the old ones: whole, or not at all.
