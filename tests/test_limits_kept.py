@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +19,30 @@ from aiproxy.stores.memory import MemoryLimits
 from conftest import BlockingCalls
 from invariants import check_invariants, eventually
 from responses import responses_events
-from rig import ABSENT, LogTap, Proxy, config_text, load, prompt, totals
+from rig import ABSENT, LogTap, Proxy, config_text, load, prompt, routes, totals
 from upstream import Chunk, EndChunks, Headers, ScriptedUpstream, Wait
 
 if TYPE_CHECKING:
     from aiproxy.config import Config
 
 Serve = Callable[..., Awaitable[Proxy]]
+Run = Serve
 CHUNKED = (("content-type", "text/event-stream"), ("transfer-encoding", "chunked"))
 SECOND = 10**9
+
+
+@pytest.fixture
+async def run(upstream: ScriptedUpstream) -> AsyncIterator[Run]:
+    """Start daemons that end with the test, if they have not before."""
+    proxies: list[Proxy] = []
+
+    async def start(text: str, state: Path | None = None) -> Proxy:
+        proxies.append(await Proxy.start(text, state=state))
+        return proxies[-1]
+
+    yield start
+    for proxy in proxies:
+        await proxy.stop()
 
 
 def text_of(upstream: ScriptedUpstream, limits: Any, **changes: Any) -> str:
@@ -64,24 +79,22 @@ def left(proxy: Proxy, kind: str = "requests") -> list[int]:
         ("10/day", "5/day", [3]),  # scaled down
         ("10/day", "100/day", [6]),  # never up
         ("10/day", {"rate": "100/day", "burst": 20}, [6]),
+        ("600/day", "36000/h", [596]),
         ("24/day", "1/h", [0]),  # another window of the same limit is no new one
         ("10/day", ["10/day", "100/h"], [6, 100]),  # one that comes in addition is
         (["10/day", "100/h"], "100/h", [96]),
     ],
 )
 async def test_a_reload_keeps_levels(
-    serve: Serve, upstream: ScriptedUpstream, before: Any, after: Any, expected: list[int]
+    run: Run, upstream: ScriptedUpstream, before: Any, after: Any, expected: list[int]
 ) -> None:
     """Four requests were made: of another limit as much is left as is fair, never more."""
-    proxy = await Proxy.start(text_of(upstream, {"requests": before}))
-    try:
-        freeze(proxy)
-        for _ in range(4):
-            assert (await proxy.post()).status == 200
-        await reload(proxy, text_of(upstream, {"requests": after}))
-        assert left(proxy) == expected
-    finally:
-        await proxy.stop()
+    proxy = await run(text_of(upstream, {"requests": before}))
+    freeze(proxy)
+    for _ in range(4):
+        assert (await proxy.post()).status == 200
+    await reload(proxy, text_of(upstream, {"requests": after}))
+    assert left(proxy) == expected
 
 
 async def test_a_key_that_is_gone_is_forgotten(serve: Serve, upstream: ScriptedUpstream) -> None:
@@ -116,31 +129,42 @@ async def test_what_is_open_is_settled_after_a_reload(
     await check_invariants(proxy, upstream)
 
 
-async def test_f27_a_hundred_reloads_refill_nothing(
-    serve: Serve, upstream: ScriptedUpstream
-) -> None:
-    """Whatever else changes and changes back, a key gets its two requests and no third."""
-    proxy = await serve(keys={"team-a": {"limits": {"requests": "2/day"}}})
-    statuses = []
-    for number in range(100):
-        requests = ("2/day", {"rate": "3/day", "burst": 2}, ["2/day", "9/h"])[number % 3]
-        turn = {"scripted": {"headers": {"X-Turn": str(number)}}}
-        await reload(proxy, text_of(upstream, {"requests": requests}, upstreams=turn))
-        if number % 10 == 0:
+async def test_f27_a_hundred_reloads_refill_nothing(run: Run, upstream: ScriptedUpstream) -> None:
+    """Requests that run while limits change get what one bucket holds, and give all slots back."""
+    proxy = await run(text_of(upstream, {"requests": "40/day"}))
+    freeze(proxy)
+    statuses: list[int] = []
+    over = asyncio.Event()
+
+    async def ask() -> None:
+        while not over.is_set():
             statuses.append((await proxy.post()).status)
-    assert statuses == [200, 200, *[429] * 8]
+
+    workers = [asyncio.create_task(ask()) for _ in range(4)]
+    for number in range(100):
+        requests = (
+            "40/day", {"rate": "2/h", "burst": 40}, {"rate": "60/day", "burst": 50},
+            ["50/day", "90/h"],
+        )[number % 4]  # fmt: skip
+        await reload(proxy, text_of(upstream, {"requests": requests, "tokens": "9000000/day"}))
+    over.set()
+    await asyncio.gather(*workers)
+    assert set(statuses) == {200, 429}
+    assert 5 <= statuses.count(200) <= 40
+    assert left(proxy)[0] <= 0
+    assert proxy.daemon._limits.held == 0
 
 
 # Restarts
 
 
 async def test_a_restart_gives_nobody_a_full_bucket(
-    upstream: ScriptedUpstream, tmp_path: Path
+    run: Run, upstream: ScriptedUpstream, tmp_path: Path
 ) -> None:
     """Levels are written at the end and loaded at the start; time goes on meanwhile."""
     text = text_of(upstream, {"requests": "3/day", "tokens": "86400/day"})
     for expected in ([200, 200], [200, 429], [429, 429]):
-        proxy = await Proxy.start(text, state=tmp_path)
+        proxy = await run(text, tmp_path)
         assert [(await proxy.post()).status for _ in range(2)] == expected
         await proxy.stop()
     assert os.listdir(tmp_path) == ["levels.json"]  # noqa: PTH208 - of this test alone
@@ -148,26 +172,76 @@ async def test_a_restart_gives_nobody_a_full_bucket(
     document["monotonic_ns"] -= 43_200 * SECOND  # half a day ago, on the same boot
     document["time_ns"] -= 10**6 * SECOND  # the wall clock does not matter
     (tmp_path / "levels.json").write_text(json.dumps(document))
-    proxy = await Proxy.start(text, state=tmp_path)
+    proxy = await run(text, tmp_path)
     assert left(proxy) == [1]
     assert left(proxy, "tokens") == [86400]  # aged, and not above capacity
+
+
+async def test_what_a_crash_leaves_is_not_a_full_bucket(
+    run: Run, upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    """The daemon itself writes now and then, open requests as used; the next one goes on there."""
+    text = text_of(upstream, {"requests": "5/day"}, routes=routes(limits={"requests": "9/day"}))
+    proxy = await run(text, tmp_path)
+    keeper = proxy.daemon._levels
+    assert keeper._period == 10
+    assert keeper._timer is not None
+    keeper._timer.cancel()
+    keeper._period = 0.01
+    keeper.start()
+    assert [(await proxy.post()).status for _ in range(3)] == [200] * 3
+
+    async def written() -> None:
+        assert (tmp_path / "levels.json").exists()
+        levels = json.loads((tmp_path / "levels.json").read_bytes())["levels"]
+        assert levels["keys"]["team-a"]["requests"][0]["level"] < 3 * 10**6
+        assert levels["routes"]["gpt-test"]["requests"][0]["level"] < 7 * 10**6
+
+    await eventually(written)
+    crashed = tmp_path / "crashed"
+    crashed.mkdir()
+    (crashed / "levels.json").write_bytes((tmp_path / "levels.json").read_bytes())
     await proxy.stop()
+    proxy = await run(text, crashed)
+    assert left(proxy) == [2]
+    assert proxy.daemon._limits.levels("routes")["gpt-test"][0].remaining == 6
+
+
+async def test_a_state_directory_that_is_gone_stops_no_end(
+    run: Run, upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    """The last levels cannot be written: that is logged and counted, and the daemon ends well."""
+    proxy = await run(text_of(upstream, {"requests": "5/day"}), tmp_path / "gone")
+    await proxy.stop()
+    events = [line["event"] for line in proxy.logs()]
+    assert events.count("levels not written") == 1
+    assert events[-1] == "stopped"
+    counted = b'aiproxy_store_errors_total{operation="save",store="levels"} 1.0'
+    assert counted in proxy.daemon._metrics.exposition()
 
 
 async def test_a_restart_with_other_limits_is_like_a_reload(
-    upstream: ScriptedUpstream, tmp_path: Path
+    run: Run, upstream: ScriptedUpstream, tmp_path: Path
 ) -> None:
     """What shrank while the daemon was away is scaled down; who is gone is forgotten."""
-    proxy = await Proxy.start(text_of(upstream, {"requests": "10/day"}), state=tmp_path)
+    proxy = await run(text_of(upstream, {"requests": "10/day"}), tmp_path)
     for _ in range(4):
         await proxy.post()
     await proxy.stop()
-    proxy = await Proxy.start(text_of(upstream, {"requests": "5/day"}), state=tmp_path)
+    proxy = await run(text_of(upstream, {"requests": "5/day"}), tmp_path)
     assert left(proxy) == [3]
     await proxy.stop()
-    proxy = await Proxy.start(text_of(upstream, ABSENT), state=tmp_path)
+    proxy = await run(text_of(upstream, ABSENT), tmp_path)
     await proxy.stop()
     assert json.loads((tmp_path / "levels.json").read_bytes())["levels"]["keys"] == {}
+
+
+def document(**bucket: Any) -> bytes:
+    """A file with one bucket of team-a."""
+    whole = {"amount": 3, "seconds": 86400, "capacity": 3, "level": 10**6, **bucket}
+    levels = {"keys": {"team-a": {"requests": [whole]}}}
+    head = {"version": 1, "boot_id": "", "monotonic_ns": 0, "time_ns": time.time_ns()}
+    return json.dumps({**head, "levels": levels}).encode()
 
 
 BROKEN = {
@@ -175,21 +249,29 @@ BROKEN = {
     "no JSON": b"{",
     "another document": b"[]",
     "another version": b'{"version":2,"boot_id":"","monotonic_ns":0,"time_ns":0,"levels":{}}',
-    "text for a level": b'{"version":1,"boot_id":"","monotonic_ns":0,"time_ns":0,"levels":{"keys":'
-    b'{"team-a":{"requests":[{"amount":1,"seconds":1,"capacity":1,"level":"x"}]}}}}',
-    "a rate of 0": b'{"version":1,"boot_id":"","monotonic_ns":0,"time_ns":0,"levels":{"keys":'
-    b'{"team-a":{"requests":[{"amount":0,"seconds":1,"capacity":1,"level":1}]}}}}',
+    "text for a level": document(level="x"),
+    "a fraction": document(level=1.5),
+    "a rate of 0": document(amount=0),
+    "no time": document(seconds=0),
+    "an unknown field": document(levle=1),
     "not UTF-8": b'{"version":1,"boot_id":"\xff"}',
 }
 
 
-@pytest.mark.parametrize("data", BROKEN.values(), ids=list(BROKEN))
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(pytest.param(data, id=name) for name, data in BROKEN.items()),
+        pytest.param(document(level=-(10**30)), id="a debt without end"),
+        pytest.param(document(level=-(10**400)), id="a longer one"),
+    ],
+)
 async def test_a_file_that_cannot_be_used_is_said_to_be_one(
-    upstream: ScriptedUpstream, tmp_path: Path, data: bytes
+    run: Run, upstream: ScriptedUpstream, tmp_path: Path, data: bytes
 ) -> None:
     """The daemon serves, with a line in the log and a metric, and writes a good one at its end."""
     (tmp_path / "levels.json").write_bytes(data)
-    proxy = await Proxy.start(text_of(upstream, {"requests": "3/day"}), state=tmp_path)
+    proxy = await run(text_of(upstream, {"requests": "3/day"}), tmp_path)
     assert (await proxy.post()).status == 200
     failed = totals(await proxy.metrics(), "aiproxy_store_errors_total", "operation")
     assert failed == {"load": 1}
@@ -199,20 +281,33 @@ async def test_a_file_that_cannot_be_used_is_said_to_be_one(
     assert await asyncio.to_thread(LevelFile(tmp_path).load) is not None
 
 
-async def test_without_a_state_directory_it_is_said(upstream: ScriptedUpstream) -> None:
+@pytest.mark.parametrize(("bucket", "expected"), [
+    ({}, 1), ({"level": 10**30}, 3), ({"amount": 10**30}, 3),
+    ({"capacity": 10**30, "level": 10**36}, 3), ({"level": -(10**6)}, -1),
+])  # fmt: skip
+async def test_no_file_gives_more_than_a_bucket_holds(
+    run: Run, upstream: ScriptedUpstream, tmp_path: Path, bucket: dict[str, int], expected: int
+) -> None:
+    """Whatever numbers it has, a level is at most the capacity that is configured."""
+    (tmp_path / "levels.json").write_bytes(document(**bucket))
+    proxy = await run(text_of(upstream, {"requests": "3/day"}), tmp_path)
+    assert left(proxy) == [expected]
+    assert (await proxy.post()).status == (200 if expected > 0 else 429)
+
+
+async def test_without_a_state_directory_it_is_said(run: Run, upstream: ScriptedUpstream) -> None:
     """A warning at the start, if there is anything to keep."""
     for limits, expected in (({"requests": "3/day"}, 1), ({}, 0)):
-        proxy = await Proxy.start(text_of(upstream, limits))
+        proxy = await run(text_of(upstream, limits))
         await proxy.stop()
         lines = [it for it in proxy.logs() if it["event"] == "levels not kept"]
         assert [line["level"] for line in lines] == ["warning"] * expected
 
 
-def limits_of(requests: str = "10/day") -> MemoryLimits:
+def limits_of() -> MemoryLimits:
     """Levels of one key, whose time stands still."""
-    config: Config = load(
-        config_text("http://127.0.0.1:9/v1", keys={"team-a": {"limits": {"requests": requests}}})
-    )
+    keys = {"team-a": {"limits": {"requests": "10/day"}}}
+    config: Config = load(config_text("http://127.0.0.1:9/v1", keys=keys))
     limits = MemoryLimits(lambda: 0)
     limits.configure(config)
     return limits
@@ -236,10 +331,11 @@ async def test_levels_are_written_now_and_then(
     await eventually(changed)
     before = file.read_bytes()
     await eventually(changed)
-    real, failures = os.fsync, 0
+    real, failures, kept = os.fsync, 0, b""
 
     def full(descriptor: int) -> None:
-        nonlocal failures
+        nonlocal failures, kept
+        kept = kept or file.read_bytes()
         failures += 1
         raise OSError(28, "No space left on device")
 
@@ -250,6 +346,7 @@ async def test_levels_are_written_now_and_then(
 
     await eventually(failed)
     before = file.read_bytes()
+    assert before == kept
     assert json.loads(before)["version"] == 1
     monkeypatch.setattr(os, "fsync", real)
     await eventually(changed)
@@ -265,31 +362,20 @@ async def test_levels_are_written_now_and_then(
     assert file.read_bytes() == before  # nothing is written after the end
 
 
-@pytest.mark.parametrize(
-    ("boot", "monotonic", "wall", "age"),
-    [
-        ("same", 5, 9999, 5),  # nobody sets this clock
-        ("same", -5, 9999, 0),
-        ("another", 5, 70, 70),
-        ("another", 5, -70, 0),  # the wall clock went back
-        ("", 5, 70, 70),
-    ],
-)
-def test_the_age_of_levels(  # noqa: PLR0917 - a row of the table
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    boot: str,
-    monotonic: int,
-    wall: int,
-    age: int,
+@pytest.mark.parametrize(("boot", "passed", "age"), [
+    ("same", (5, 9999), 5), ("same", (-5, 9999), 0),  # nobody sets the monotonic clock
+    ("another", (5, 70), 70), ("another", (5, -70), 0), ("", (5, 70), 70),
+])  # fmt: skip
+def test_the_age_of_levels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, boot: str, passed: tuple[int, int], age: int
 ) -> None:
     """Within one boot the monotonic clock tells it, else the wall clock; it is never negative."""
     monkeypatch.setattr(level_file, "_boot_id", lambda: "same" if boot else "")
     file = LevelFile(tmp_path)
     file.save(limits_of().save(), 100 * SECOND, 1000 * SECOND)
     monkeypatch.setattr(level_file, "_boot_id", lambda: boot)
-    monkeypatch.setattr(time, "monotonic_ns", lambda: (100 + monotonic) * SECOND)
-    monkeypatch.setattr(time, "time_ns", lambda: (1000 + wall) * SECOND)
+    monkeypatch.setattr(time, "monotonic_ns", lambda: (100 + passed[0]) * SECOND)
+    monkeypatch.setattr(time, "time_ns", lambda: (1000 + passed[1]) * SECOND)
     loaded = file.load()
     assert loaded is not None
     assert loaded == (limits_of().save(), age * SECOND)
@@ -303,15 +389,8 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         LevelFile(tmp_path).load()
 
 
-@pytest.mark.parametrize(
-    ("environ", "expected"),
-    [
-        ({}, None),
-        ({"STATE_DIRECTORY": ""}, None),
-        ({"STATE_DIRECTORY": "/var/lib/aiproxy"}, Path("/var/lib/aiproxy")),
-        ({"STATE_DIRECTORY": "/a:/b"}, Path("/a")),
-    ],
-)
-def test_the_state_directory(environ: dict[str, str], expected: Path | None) -> None:
+def test_the_state_directory() -> None:
     """The first of those that systemd passes."""
-    assert state_directory(environ) == expected
+    assert state_directory({}) is state_directory({"STATE_DIRECTORY": ""}) is None
+    assert state_directory({"STATE_DIRECTORY": "/a/b"}) == Path("/a/b")
+    assert state_directory({"STATE_DIRECTORY": "/a:/b"}) == Path("/a")

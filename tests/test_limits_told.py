@@ -121,6 +121,9 @@ async def test_an_input_that_is_larger_than_the_bucket(serve: Serve) -> None:
     assert not {"retry-after", "retry-after-ms"} & set(answer.headers)
     assert (await proxy.post(body={"model": "gpt-test", "input": "x"})).status == 200
     assert refusal(await proxy.post(body=prompt(input="word " * 400)))[2] == "request_too_large"
+    answer = await proxy.post("/v1/messages", prompt("/v1/messages", system="word " * 400))
+    assert (answer.status, answer.json()["error"]["type"]) == (429, "rate_limit_error")
+    assert answer.headers["x-should-retry"] == "false"
 
 
 async def test_the_first_limit_in_the_way_is_told(serve: Serve, upstream: ScriptedUpstream) -> None:
@@ -136,14 +139,23 @@ async def test_the_first_limit_in_the_way_is_told(serve: Serve, upstream: Script
     bucket = proxy.daemon._limits._books["keys"]["team-a"]
     bucket.requests[0].put(0, time.now)
     bucket.tokens[0].put(0, time.now)
-    assert refusal(await proxy.post())[1] == "concurrent"
+    answer = await proxy.post()
+    why = (
+        "Rate limit reached for key 'team-a' on concurrent requests: Limit 1, Used 1, Requested 1."
+        " Please try again in 1s."
+    )
+    assert refusal(answer) == (429, "concurrent", "rate_limit_exceeded", why)
+    assert (answer.headers["retry-after"], answer.headers["retry-after-ms"]) == ("1", "1000")
+    assert (bucket.requests[0].parts(time.now), bucket.tokens[0].parts(time.now)) == (0, 0)
     go_on.set()
     await client.read_body()
     bucket.tokens[0].put(0, time.now)
     answer = await proxy.post(body=prompt(max_output_tokens=1))
     assert refusal(answer)[1] == "requests"
     assert int(answer.headers["retry-after"]) > 60  # of the tokens, which come more slowly
-    time.pass_(int(answer.headers["retry-after-ms"]))
+    time.pass_(int(answer.headers["retry-after-ms"]) - 1)
+    assert refusal(await proxy.post(body=prompt(max_output_tokens=1)))[1] == "tokens"
+    time.pass_(1)
     assert (await proxy.post(body=prompt(max_output_tokens=1))).status == 200
 
 
@@ -179,6 +191,7 @@ async def test_headers_are_on_every_answer_of_a_limited_key(
     ]
     assert [answer.status for answer in early] == [400, 404, 200, 200, 404]
     # The route is not known: the key's own windows. A look for a response takes a request.
+    assert early[-1].headers["x-ratelimit-reset-requests"] == "6m0s"
     assert [told(answer)[1:4:2] for answer in early] == [["46", "100000"]] * 4 + [["45", "100000"]]
     for answer in (await proxy.get("/v1/models", key=TEAM_B), await proxy.post(key=None)):
         assert told(answer) == [None] * 6
@@ -211,6 +224,20 @@ async def test_what_takes_nothing(serve: Serve, upstream: ScriptedUpstream) -> N
     assert len(upstream.requests) == 0
 
 
+async def test_a_call_for_a_response_takes_one_request(serve: Serve) -> None:
+    """Each of them, and no slot or token; without one it is refused, while models are listed."""
+    proxy = await serve(keys=limited(requests="4/day", tokens="10/day", concurrent=1))
+    Time(proxy)
+    calls = [("GET", ""), ("DELETE", ""), ("GET", "/input_items"), ("POST", "/cancel"), ("GET", "")]
+    client, seen = await proxy.client(), []
+    for method, rest in calls:
+        await client.request(method, f"/v1/responses/resp_x{rest}", proxy.headers())
+        answer = await client.answer()
+        seen.append((answer.status, told(answer)[1], told(answer)[4]))
+    assert seen == [*[(404, str(n), "10") for n in (3, 2, 1, 0)], (429, "0", "10")]
+    assert [(await proxy.get("/v1/models")).status for _ in range(2)] == [200, 200]
+
+
 async def test_a_routes_limits_are_shared(serve: Serve) -> None:
     """What one key takes of a route is gone for the other, who is told whose limit it is."""
     proxy = await serve(routes=routes(limits={"requests": "2/day"}))
@@ -223,10 +250,12 @@ async def test_a_routes_limits_are_shared(serve: Serve) -> None:
 
 async def test_defaults_are_for_keys_without_their_own(serve: Serve) -> None:
     """`limits: {}` is a key's own way to say none."""
-    keys = {"team-a": {"limits": ABSENT}, "team-b": {"limits": {}}}
+    own = {"sha256": key_hash("sk-own"), "limits": {"requests": "2/day"}}
+    keys = {"team-a": {"limits": ABSENT}, "team-b": {"limits": {}}, "own": own}
     proxy = await serve(keys=keys, keys_default={"limits": {"requests": "1/day"}})
     assert [(await proxy.post()).status for _ in range(2)] == [200, 429]
     assert [(await proxy.post(key=TEAM_B)).status for _ in range(3)] == [200] * 3
+    assert [(await proxy.post(key="sk-own")).status for _ in range(3)] == [200, 200, 429]
 
 
 FIELDS: dict[Api, str] = {
@@ -278,12 +307,20 @@ async def test_a_denied_field_is_refused_by_its_name(
         answer = await proxy.post(path, prompt(path, service_tier="flex"))
         assert answer.status == 400
         assert "'service_tier' is not allowed to this key" in answer.body.decode()
-    answer = await proxy.post(body=prompt(tools=[{"type": "web_search_preview"}]))
-    error = answer.json()["error"]
-    assert (error["code"], error["param"]) == ("unsupported_parameter", "tools.web_search")
+    search = {"type": "web_search_preview"}
+    plain = json.dumps(prompt(tools=[search])).encode()
+    escaped = plain.replace(b"web_search_preview", rb"web\u005fsearch")
+    nested = prompt(tools=[{"type": "namespace", "name": "n", "tools": [search]}])
+    for body in (plain, escaped, nested):
+        answer = await proxy.post(body=body)
+        error = answer.json()["error"]
+        assert (error["code"], error["param"]) == ("unsupported_parameter", "tools.web_search")
     assert proxy.daemon._limits.save() == before
     assert upstream.requests == []
-    assert (await proxy.post(body=prompt(service_tier="flex"), key=TEAM_B)).status == 200
+    both = prompt(service_tier="flex", tools=[search])
+    assert (await proxy.post(body=both, key=TEAM_B)).status == 200
+    function = {"type": "function", "name": "web_search", "parameters": {}}
+    assert (await proxy.post(body=prompt(service_tier=None, tools=[function]))).status == 200
 
 
 async def test_the_sdks_own_retry_waits_as_told_and_succeeds(
@@ -329,6 +366,9 @@ async def test_what_the_operator_sees(serve: Serve) -> None:
     left = totals(metrics, "aiproxy_limit_remaining", "limit")
     assert left == {"tokens": 900 - 3 * 18, "concurrent": 7}  # and no request
     assert totals(metrics, "aiproxy_requests_total", "outcome")["rejected_limit"] == 1
+    await proxy.post(body=prompt(input="word " * 2000))
+    rejected = totals(await proxy.metrics(), "aiproxy_limit_rejections_total", "limit")
+    assert rejected == {"requests": 1, "tokens": 1}
     status = (await proxy.admin("/-/status")).json()
     (key,) = [it for it in status["keys"] if it["name"] == "team-a"]
     shown = ("limit", "window", "capacity", "remaining")

@@ -23,7 +23,7 @@ class SavedBucket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     amount: Positive
     seconds: Positive
     capacity: Positive
-    level: int
+    level: Annotated[int, msgspec.Meta(ge=-(10**18))]  # no debt is beyond what can be counted
 
 
 Saved = dict[str, list[SavedBucket]]  # by kind
