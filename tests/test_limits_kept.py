@@ -394,3 +394,17 @@ def test_the_state_directory() -> None:
     assert state_directory({}) is state_directory({"STATE_DIRECTORY": ""}) is None
     assert state_directory({"STATE_DIRECTORY": "/a/b"}) == Path("/a/b")
     assert state_directory({"STATE_DIRECTORY": "/a:/b"}) == Path("/a")
+
+
+def test_a_save_that_fails_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk raises, and the unfinished file is gone."""
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        LevelFile(tmp_path).save(limits_of().save(), 0, 0)
+    assert list(tmp_path.iterdir()) == []
