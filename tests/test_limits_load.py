@@ -92,12 +92,15 @@ async def burst(proxy: Proxy, upstream: ScriptedUpstream) -> float:
     return await wave.used()
 
 
+@pytest.mark.parametrize("history", [False, True])
 @pytest.mark.parametrize(("reserve", "most"), [("max", 1.0), ("p90", 2.0)])
 async def test_a_burst_gets_what_is_promised(
-    serve: Serve, upstream: ScriptedUpstream, reserve: str, most: float
+    serve: Serve, upstream: ScriptedUpstream, reserve: str, most: float, *, history: bool
 ) -> None:
     """200 streams of 4k tokens at 60k/min: once the limit with max, at most twice with p90."""
     proxy = await serve(keys=limited(tokens=f"{LIMIT}/min"), limiter={"reserve": reserve})
+    if history:
+        teach(proxy)
     assert 0.5 < await burst(proxy, upstream) <= most
 
 
@@ -322,9 +325,7 @@ def freeze(proxy: Proxy) -> None:
 async def told(proxy: Proxy) -> dict[str, str]:
     """What remains as headers tell it; this call itself takes nothing."""
     answer = await proxy.get("/v1/models")
-    return {
-        kind: answer.headers[f"x-ratelimit-remaining-{kind}"] for kind in ("requests", "tokens")
-    }
+    return {it: answer.headers[f"x-ratelimit-remaining-{it}"] for it in ("requests", "tokens")}
 
 
 @pytest.mark.parametrize("status", [400, 429, 500, 503, 529, None])
