@@ -87,7 +87,6 @@ async def burst(proxy: Proxy, upstream: ScriptedUpstream) -> float:
     """The burst of the issue, all at once."""
     wave = Burst(proxy, upstream)
     await asyncio.gather(*(wave.ask() for _ in range(BURST)))
-    assert len(wave.open) + wave.refused == BURST
     await wave.finish()
     return await wave.used()
 
@@ -216,6 +215,7 @@ BODIES = {"no body": b"", "half a body": b'{"model": ', "bad JSON": b"{",
 LEFT = {*UNSEEN, "no body", "half a body"}, {*SEEN} - {"cut", "whole"}  # waiting, streaming
 
 
+@pytest.mark.timeout(300 if LONG else 60)
 async def test_aborts_in_every_phase_leave_nothing(
     serve: Serve, upstream: ScriptedUpstream
 ) -> None:
