@@ -223,8 +223,9 @@ class Proxy:
         route = call.snapshot.router.choose(asked.model, key)
         call.exchange.route = route.model
         _check_output(route, asked)
-        # A key that a reload has removed meanwhile keeps the limits that it began with.
-        call.limits = self._limits.of(key.name, route.model) or call.limits
+        # A key that a reload has removed meanwhile keeps the limits that it began with, alone.
+        if call.limits is None or self._limits.of(key.name) is not None:
+            call.limits = self._limits.of(key.name, route.model)
         target = routes.targets(route, dialect.api)[0]
         call.watch.bound(target.upstream.timeouts.total)
         call.exchange.upstream = target.upstream.name

@@ -107,6 +107,22 @@ async def test_a_key_that_is_gone_is_forgotten(serve: Serve, upstream: ScriptedU
     assert left(proxy) == [2]
 
 
+async def test_a_key_removed_while_its_body_comes_is_limited_still(
+    serve: Serve, upstream: ScriptedUpstream
+) -> None:
+    """A request that began under a limit does not escape it, though its route has one, too."""
+    shared = routes(limits={"requests": "9/day"})
+    proxy = await serve(keys={"team-a": {"limits": {"requests": "1/day"}}}, routes=shared)
+    assert (await proxy.post()).status == 200
+    client, body = await proxy.client(), json.dumps(prompt()).encode()
+    fields = proxy.headers({"content-length": str(len(body)), "expect": "100-continue"})
+    await client.request("POST", "/v1/responses", fields)
+    assert (await client.read_head()).status == 100  # it is known who asks
+    await reload(proxy, text_of(upstream, ABSENT, routes=shared))
+    client.writer.write(body)
+    assert (await client.answer()).status == 429
+
+
 async def test_what_is_open_is_settled_after_a_reload(
     serve: Serve, upstream: ScriptedUpstream
 ) -> None:

@@ -96,8 +96,8 @@ class TokenBucket:
         self.full = spec.capacity * self.unit
 
     def __repr__(self) -> str:
-        missing = self.full_at / self.unit
-        return f"<TokenBucket {self.spec.amount} per {self.window}, full at {missing}>"
+        full_at = self.full_at // self.amount
+        return f"<TokenBucket {self.spec.amount} per {self.window}, full at {full_at} ns>"
 
     @property
     def window(self) -> str:
