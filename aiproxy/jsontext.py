@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 MAX_DEPTH = 256
 
@@ -121,8 +121,66 @@ def replace(document: bytes, path: Sequence[str], values: Mapping[str, bytes]) -
             for key, start, end in spans
             if (text := key_text(key)) in values
         ]
-    if not edits:
-        return document
+    return _spliced(document, edits) if edits else document
+
+
+def span(document: bytes, name: str, value: bytes) -> tuple[int, int] | None:
+    """Start and end of the value of a top-level member, without looking at the others.
+
+    Args:
+        document: an object.
+        name: of the member, which may be written with escapes.
+        value: as it is written there.
+
+    Returns:
+        None where it cannot be told at a glance which of several it is.
+    """
+    key = b'"%b"' % name.encode()
+    at = document.find(key)
+    if at < 0:
+        return None
+    end = at + len(key)
+    # It is the only one, or nothing but the outermost object is open before it.
+    if document.find(key, end) >= 0 and document.count(b"{", 0, at) != 1:
+        return None
+    start = document.find(value, end)
+    if start < 0 or document[end:start].strip() != b":":
+        return None
+    return start, start + len(value)
+
+
+def amend(
+    document: bytes,
+    known: Mapping[str, bytes],
+    values: Mapping[str, bytes],
+    add: Container[str] = (),
+) -> bytes:
+    """The document with the values of some top-level members replaced, all other bytes as they are.
+
+    Args:
+        document: an object.
+        known: its members, values as written.
+        values: the new ones.
+        add: the names of those that are added at the end where they are missing.
+    """
+    added = [
+        b'"%b":%b' % (name.encode(), value)
+        for name, value in values.items()
+        if name in add and name not in known
+    ]
+    spans: list[tuple[int, int, bytes]] = []
+    for name, value in values.items():
+        if (old := known.get(name)) is None:
+            continue
+        found = span(document, name, old)
+        if found is None:
+            return _append(replace(document, (), values), bool(known), added)
+        spans.append((*found, value))
+    spans.sort()
+    return _append(_spliced(document, spans), bool(known), added)
+
+
+def _spliced(document: bytes, edits: Iterable[tuple[int, int, bytes]]) -> bytes:
     out: list[bytes] = []
     position = 0
     for start, end, value in edits:
@@ -130,6 +188,15 @@ def replace(document: bytes, path: Sequence[str], values: Mapping[str, bytes]) -
         position = end
     out.append(document[position:])
     return b"".join(out)
+
+
+def _append(document: bytes, filled: bool, members: list[bytes]) -> bytes:  # noqa: FBT001 - inner
+    """The object with further members at its end."""
+    if not members:
+        return document
+    end = document.rindex(b"}")
+    comma = b"," if filled else b""
+    return b"".join((document[:end], comma, b",".join(members), document[end:]))
 
 
 def _refuse_constant(name: str) -> NoReturn:

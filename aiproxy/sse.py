@@ -150,6 +150,13 @@ def replace_data(raw: bytes, data: bytes) -> bytes:
     return b"".join(out)
 
 
+def with_data(raw: bytes, old: bytes, new: bytes) -> bytes:
+    """The frame, whose data is `old`, with `new` in its place; every other byte stays."""
+    if b"\n" not in new and raw.count(old) == 1:
+        return raw.replace(old, new)
+    return replace_data(raw, new)
+
+
 def event(data: bytes, name: str = "") -> bytes:
     """A frame of our own. `data` has no line end in it."""
     if name:
