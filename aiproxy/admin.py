@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from aiproxy.metrics import Metrics
     from aiproxy.proxy import Proxy
     from aiproxy.reload import Reloader
+    from aiproxy.session_gate import SessionGate
     from aiproxy.status import Status
 
 _TEXT = "text/plain; charset=utf-8"
@@ -64,6 +65,7 @@ class Admin:
         *,
         metrics: Metrics,
         proxy: Proxy,
+        sessions: SessionGate,
         reloader: Reloader,
         status: Status,
         host: str,
@@ -71,6 +73,7 @@ class Admin:
     ) -> None:
         self._metrics = metrics
         self._proxy = proxy
+        self._sessions = sessions
         self._reloader = reloader
         self._status = status
         self._host = host
@@ -134,6 +137,8 @@ class Admin:
     async def _ready(self, _request: BaseRequest) -> Answer:
         if self._proxy.draining:
             return 503, _TEXT, b"draining\n"
+        if self._sessions.away:
+            return 503, _TEXT, b"the store of sessions is not available\n"
         return 200, _TEXT, b"ready\n"
 
     async def _reload(self, request: BaseRequest) -> Answer:

@@ -18,6 +18,7 @@ from aiproxy.dialects.messages import Messages
 from aiproxy.dialects.responses import Responses
 from aiproxy.listener import check_head
 from aiproxy.proxy import shape_of
+from aiproxy.stored import Stored, act
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from aiproxy.exchange import Endpoint
     from aiproxy.proxy import Proxy
     from aiproxy.reply import Reply
+    from aiproxy.session_gate import SessionGate
 
     Act = Callable[[Call], Awaitable[Outcome]]
 
@@ -44,8 +46,9 @@ _RELAYED: dict[str, tuple[Endpoint, Dialect]] = {
 class App:
     """Answers the requests of the client listener."""
 
-    def __init__(self, proxy: Proxy) -> None:
+    def __init__(self, proxy: Proxy, sessions: SessionGate) -> None:
         self._proxy = proxy
+        self._stored = Stored(proxy, sessions)
         self._relayed: dict[str, tuple[Endpoint, Act]] = {
             path: (endpoint, partial(proxy.relay, dialect=dialect))
             for path, (endpoint, dialect) in _RELAYED.items()
@@ -88,20 +91,14 @@ class App:
         return endpoint, _raise(errors.method_not_allowed(method, "GET, HEAD"))
 
     def _response(self, method: str, path: str) -> tuple[Endpoint, Act]:
-        """`/v1/responses/{id}` and below it. Nothing is stored yet, so nothing is found."""
+        """`/v1/responses/{id}` and below it."""
         response_id, _, verb = path.removeprefix("/v1/responses/").partition("/")
         allowed = {"": "GET, HEAD, DELETE", "input_items": "GET, HEAD", "cancel": "POST"}.get(verb)
         if allowed is None or not response_id or response_id in ("compact", "input_tokens"):
             return "none", _raise(errors.unknown_url(method, path))
         if method not in allowed.split(", "):
             return "response", _raise(errors.method_not_allowed(method, allowed))
-
-        async def not_found(call: Call) -> Outcome:
-            self._proxy.authenticate(call)
-            await self._proxy.admit(call)
-            raise errors.response_not_found(response_id)
-
-        return "response", not_found
+        return "response", act(self._stored, self._proxy, method, verb, response_id)
 
     async def _models(self, call: Call) -> Outcome:
         key = self._proxy.authenticate(call)

@@ -51,10 +51,11 @@ class Hold:
         self._buffered.take(size)
         self.size += size
 
-    def release(self) -> None:
-        """Give all of it back."""
-        self._buffered.held -= self.size
-        self.size = 0
+    def release(self, but: int = 0) -> None:
+        """Give all of it back, but for these bytes."""
+        kept = min(but, self.size)
+        self._buffered.held -= self.size - kept
+        self.size = kept
 
 
 async def receive(request: BaseRequest, hold: Hold, limit: int) -> bytes:

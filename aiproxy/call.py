@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from aiohttp.web_request import BaseRequest
 
     from aiproxy.body import Buffered
+    from aiproxy.conversation import Conversation
     from aiproxy.dialects import Answer, Asked, Stream
+    from aiproxy.dialects.responses_object import Produced
     from aiproxy.errors import Outcome, ProxyError, Shape
     from aiproxy.exchange import Endpoint, Recorder
     from aiproxy.limits import Held, Limits
@@ -48,6 +50,7 @@ class Call:
         limits: what limits it, once it is known who asks.
         held: what it has taken of these.
         asked, size, estimate, stream, answer: of a relayed request, as far as it came.
+        conversation: its part in one.
         holding_event: whether the client has got a part of an event that is not complete.
     """
 
@@ -85,6 +88,7 @@ class Call:
         self.estimate: Estimate | None = None
         self.stream: Stream | None = None
         self.answer: Answer | None = None
+        self.conversation: Conversation | None = None
         self.holding_event = False
 
     # -- answering
@@ -135,6 +139,18 @@ class Call:
         """From now on it is the client who must take what was sent."""
         timeout = self.snapshot.config.timeouts.client_write
         self.watch.enter("client_write", timeout, self.reply.unsent)
+
+    async def keep(self, produced: Produced) -> None:
+        """Store the answer's turn; the client is not told its end before.
+
+        Raises:
+            ProxyError: it cannot be stored.
+        """
+        if self.conversation is None:
+            return
+        self.watch.enter("none", 0)  # neither the upstream nor the client is waited for
+        read = self.answer or self.stream
+        await self.conversation.keep(produced, None if read is None else read.usage)
 
     def _refuse(self, error: ProxyError) -> None:
         """Tell the client: by a status if none was sent, else by a terminal frame."""
@@ -209,6 +225,9 @@ class Call:
             if self.held is not None:
                 self.held.settle(0 if exchange.usage is None else exchange.usage.total)
         self.hold.release()
+        if self.conversation is not None:
+            self.conversation.end()
+            self.conversation = None  # it knows this call: a cycle to collect
         if outcome == "client_disconnected":
             exchange.status = CLIENT_LEFT
         exchange.bytes_out = self.reply.bytes_out

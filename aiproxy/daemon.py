@@ -22,7 +22,10 @@ from aiproxy.listener import Handler, Listener, require_c_parser
 from aiproxy.logs import LibraryHandler, Log, standard_error
 from aiproxy.metrics import Metrics
 from aiproxy.proxy import Proxy
+from aiproxy.pulse import Pulse
 from aiproxy.reload import Reloader
+from aiproxy.session_gate import SessionGate
+from aiproxy.sessions import StoreError
 from aiproxy.snapshot import Snapshot
 from aiproxy.sockets import Entrance
 from aiproxy.status import Status
@@ -42,7 +45,6 @@ if TYPE_CHECKING:
     from aiproxy.logs import Stream
     from aiproxy.reload import Source
 
-LAG_PERIOD = 0.5  # seconds between two measurements of the event loop's lag
 SWITCH_INTERVAL = 0.001  # seconds: a scrape in a thread may keep the event loop waiting this long
 # A request makes a few hundred objects, nearly all freed by reference counting: with Python's own
 # thresholds the collector runs every few requests to find nothing.
@@ -111,8 +113,11 @@ class Daemon:
         self._levels = LevelKeeper(
             self._limits, state, metrics=self._metrics, log=self._log.process
         )
+        self._sessions = SessionGate(config.sessions, metrics=self._metrics, log=self._log.process)
         recorders = _Recorders(self._metrics, self._log)
-        self._proxy = Proxy(self._snapshot, self._limits, recorders, self._log.process)
+        self._proxy = Proxy(
+            self._snapshot, self._limits, self._sessions, recorders, self._log.process
+        )
         self._reloader = Reloader(
             path,
             source,
@@ -123,7 +128,7 @@ class Daemon:
         )
         self.clients: Entrance
         self.operators: Entrance  # stays open through the drain
-        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._pulse = Pulse(self._metrics, self._notifier)
         self._ended = False
         self._hurry = asyncio.Event()  # binds to no loop before it is awaited
 
@@ -133,13 +138,16 @@ class Daemon:
         Raises:
             OSError: an address cannot be bound, or a socket was passed that has no use; nothing is
                 left open.
+            StoreError: the store of sessions cannot be opened; the same.
         """
         config, proxy = self._snapshot.config, self._proxy
-        listener = self._listener(App(proxy), proxy)
+        self._sessions.open()
+        listener = self._listener(App(proxy, self._sessions), proxy)
         status = Status(
             proxy=proxy,
             reloader=self._reloader,
             limits=self._limits,
+            sessions=self._sessions,
             clients=listener,
             metrics=self._metrics,
             dropped=self._log.dropped,
@@ -147,6 +155,7 @@ class Daemon:
         admin = Admin(
             metrics=self._metrics,
             proxy=proxy,
+            sessions=self._sessions,
             reloader=self._reloader,
             status=status,
             host=config.admin.host,
@@ -159,10 +168,11 @@ class Daemon:
             await self._open_sockets(config)
         except OSError:
             await self._close_sockets()
+            await self._sessions.stop()
             raise
         self._levels.start()
+        self._sessions.start()
         status.listen, status.admin = self.clients.place, self.operators.place
-        self._measure_lag(None)
         self.log.info(
             "started",
             version=aiproxy.__version__,
@@ -173,12 +183,13 @@ class Daemon:
             keys=len(config.keys),
         )
         self._notifier.ready(self._reloader.status)
-        self._feed_watchdog()
+        self._pulse.start()
 
     def _put(self, snapshot: Snapshot) -> None:
         """Put a configuration in force; awaits nothing."""
         self._snapshot = snapshot
         self._limits.configure(snapshot.config)
+        self._sessions.configure(snapshot.config.sessions)
         self._proxy.put(snapshot)
         config = snapshot.config
         self._log.configure(level=config.log.level, fmt=self._log_format(config))
@@ -222,22 +233,6 @@ class Daemon:
         # In this order: who finds it ready by the admin listener finds the other open.
         await self.clients.open(config.listen, self._sockets.get("http", ()))
         await self.operators.open(config.admin)
-
-    def _measure_lag(self, due: float | None) -> None:
-        loop = asyncio.get_running_loop()
-        now = loop.time()
-        if due is not None:
-            self._metrics.loop_lag.observe(max(0.0, now - due))
-        then = now + LAG_PERIOD
-        self._timers["lag"] = loop.call_at(then, self._measure_lag, then)
-
-    def _feed_watchdog(self) -> None:
-        """A sign of life from the event loop: one that is stuck gives none, and is restarted."""
-        if self._notifier.watchdog is not None:
-            self._notifier.alive()
-            loop = asyncio.get_running_loop()
-            period = self._notifier.watchdog / 2  # sd_watchdog_enabled(3)
-            self._timers["watchdog"] = loop.call_later(period, self._feed_watchdog)
 
     # -- the end
 
@@ -310,8 +305,8 @@ class Daemon:
         await self._reloader.settle()
         await self._close_sockets()
         await self._levels.stop()
-        for timer in self._timers.values():
-            timer.cancel()
+        await self._sessions.stop()
+        self._pulse.stop()
         self.log.info("stopped")
         self._log.close()
 
@@ -392,6 +387,10 @@ def serve(path: str, source: Source, loaded: Loaded) -> int:
         daemon.log.warning("configuration", warning=warning.text(path))
     try:
         uvloop.run(daemon.run())
+    except StoreError as error:
+        daemon.log.error("cannot open sessions", error=str(error))  # noqa: TRY400 - no bug of ours
+        daemon.close_log()
+        return 1
     except OSError as error:
         daemon.log.error("cannot listen", error=str(error))  # noqa: TRY400 - no bug of ours
         daemon.close_log()

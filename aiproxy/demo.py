@@ -1,8 +1,9 @@
 """`aiproxy demo`: the main job, with no account and no network.
 
 A sample upstream and the daemon itself, on ports that the kernel picks, in one process; and a
-client that holds a conversation of two turns through the daemon's real port. Key and credential are
-made for this run and are nowhere but in its memory and on the terminal.
+client that holds a conversation through the daemon's real port: two turns, and a third after the
+daemon was restarted. The upstream keeps nothing. Key and credential are made for this run and are
+nowhere but in its memory and on the terminal; the conversation is in a directory that goes with it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import json
 import secrets
 import signal
 import sys
+import tempfile
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +28,15 @@ from aiproxy.daemon import Daemon
 from aiproxy.demo_upstream import SampleUpstream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import AsyncIterator, Callable, Coroutine
 
 PATIENCE = 20.0  # seconds for anything that is waited for
 MODEL = "demo"
-QUESTIONS = ("Hello, my name is Ada.", "How did I begin, and how many words are we at?")
+QUESTIONS = (
+    "Hello, my name is Ada.",
+    "How did I begin, and how many words are we at?",
+    "Do you still know it?",
+)
 
 _CONFIG = """\
 listen: 127.0.0.1:0
@@ -40,6 +47,7 @@ routes:
   - {{model: {model}, upstreams: [sample]}}
 keys:
   you: {{sha256: {digest}}}
+sessions: {{store: "sqlite:{directory}/sessions.db"}}
 log: {{format: json}}
 """
 
@@ -48,7 +56,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM)
 # Of a request's log line, what is shown where it has a value.
 _LOGGED = (
     "request_id", "key", "route", "upstream", "status", "outcome", "error_code",
-    "input_tokens", "output_tokens", "first_token_s", "duration_s",
+    "replayed_turns", "input_tokens", "output_tokens", "first_token_s", "duration_s",
 )  # fmt: skip
 
 
@@ -67,7 +75,8 @@ def demo(*, once: bool) -> int:
         error.
     """
     try:
-        uvloop.run(_until_signal(_run(once=once)))
+        with tempfile.TemporaryDirectory(prefix="aiproxy-demo-") as directory:
+            uvloop.run(_until_signal(_run(directory, once=once)))
     except KeyboardInterrupt:  # before the loop took the signal over
         return 0
     except (DemoError, OSError, aiohttp.ClientError) as error:
@@ -101,56 +110,88 @@ async def _until_signal(work: Coroutine[None, None, None]) -> None:
             loop.remove_signal_handler(number)
 
 
-async def _run(*, once: bool) -> None:
+async def _run(directory: str, *, once: bool) -> None:
     key, credential = (f"{kind}{secrets.token_urlsafe(24)}" for kind in ("sk-aip-", "sk-sample-"))
     log = _RequestLog(asyncio.get_running_loop())
     async with SampleUpstream(credential) as upstream:
         text = _CONFIG.format(
-            url=upstream.url, model=MODEL, digest=hashlib.sha256(key.encode()).hexdigest()
+            url=upstream.url,
+            model=MODEL,
+            digest=hashlib.sha256(key.encode()).hexdigest(),
+            directory=directory,
         )
         environ = {"SAMPLE_CREDENTIAL": credential}
         config = loads(text, path=Path("demo.yaml"), environ=environ).config
-        daemon = Daemon(config, path="demo", source=lambda: Loaded(config, []), log_stream=log)
-        await daemon.start()
-        try:
+
+        def daemon() -> Daemon:
+            return Daemon(config, path="demo", source=lambda: Loaded(config, []), log_stream=log)
+
+        async with _running(daemon()) as first:
             _say(
                 "A sample upstream and aiproxy itself, started in this process for this run only:\n"
-                f"  sample upstream  {upstream.url}  (no model: it counts words, one is a token)\n"
-                f"  aiproxy          http://127.0.0.1:{daemon.clients.port}/v1\n"
-                f"  its metrics      http://127.0.0.1:{daemon.operators.port}/metrics\n"
+                f"  sample upstream  {upstream.url}  (no model: it counts words, one is a token;\n"
+                "                   it keeps nothing)\n"
+                f"  aiproxy          http://127.0.0.1:{first.clients.port}/v1\n"
+                f"  its metrics      http://127.0.0.1:{first.operators.port}/metrics\n"
             )
-            async with aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=PATIENCE), trust_env=False
-            ) as session:
-                await _converse(_Client(session, daemon, key), log)
+            async with _client(first, key) as client:
+                last = await _converse(client, log)
+        async with _running(daemon()) as second:
+            _say(
+                "aiproxy was restarted; it holds the conversation in SQLite:\n"
+                f"  aiproxy          http://127.0.0.1:{second.clients.port}/v1\n"
+            )
+            async with _client(second, key) as client:
+                await _turn(client, log, len(QUESTIONS), last)
             if once:
                 _say("Without --once it now goes on serving, and prints a curl line to try.")
             else:
-                _invite(daemon.clients.port, key)
+                _invite(second.clients.port, key)
                 await log.follow()
-        finally:
-            await daemon.stop()
 
 
-async def _converse(client: _Client, log: _RequestLog) -> None:
-    """Two turns, and what they moved."""
+@asynccontextmanager
+async def _running(daemon: Daemon) -> AsyncIterator[Daemon]:
+    await daemon.start()
+    try:
+        yield daemon
+    finally:
+        await daemon.stop()
+
+
+@asynccontextmanager
+async def _client(daemon: Daemon, key: str) -> AsyncIterator[_Client]:
+    timeout = aiohttp.ClientTimeout(total=PATIENCE)
+    async with aiohttp.ClientSession(timeout=timeout, trust_env=False) as session:
+        yield _Client(session, daemon, key)
+
+
+async def _converse(client: _Client, log: _RequestLog) -> str:
+    """All turns but the last, and what they moved; the id of the last response."""
     before = await client.metrics()
-    conversation: list[dict[str, Any]] = []
-    for number, question in enumerate(QUESTIONS, 1):
-        sent = " (with the first turn before it)" if conversation else ""
-        _say(f'Turn {number}, the client asks{sent}: "{question}"')
-        conversation.append({"type": "message", "role": "user", "content": question})
-        response = await client.turn(conversation)
-        conversation += response["output"]
-        _say(f"  usage  {_usage(response['usage'])}")
-        async with asyncio.timeout(PATIENCE):
-            _say(f"  log    {await log.line()}\n")
+    last: str | None = None
+    for number in range(1, len(QUESTIONS)):
+        last = await _turn(client, log, number, last)
     _say("Metrics that moved, by how much:")
     for name, value in (await client.metrics()).items():
         moved = value - before.get(name, 0.0)
         if moved:
             _say(f"  {name}  {moved:+.6g}")
     _say("")
+    return last or ""
+
+
+async def _turn(client: _Client, log: _RequestLog, number: int, previous: str | None) -> str:
+    """One turn; the id of its response."""
+    question = QUESTIONS[number - 1]
+    goes_on = "" if previous is None else f", previous_response_id: {previous[:12]}..."
+    _say(f'Turn {number}, the client asks: "{question}"{goes_on}')
+    response = await client.turn(question, previous)
+    _say(f"  usage  {_usage(response['usage'])}")
+    async with asyncio.timeout(PATIENCE):
+        _say(f"  log    {await log.line()}\n")
+    response_id: str = response["id"]
+    return response_id
 
 
 def _invite(port: int, key: str) -> None:
@@ -183,13 +224,19 @@ class _Client:
         self._metrics = f"http://127.0.0.1:{daemon.operators.port}/metrics"
         self._headers = {"Authorization": f"Bearer {key}"}
 
-    async def turn(self, conversation: list[dict[str, Any]]) -> dict[str, Any]:
+    async def turn(self, question: str, previous: str | None) -> dict[str, Any]:
         """Stream one answer to the terminal; return the response object.
+
+        Args:
+            question: the new input, and all that is sent of the conversation.
+            previous: the id of the response that it goes on from.
 
         Raises:
             DemoError: it is not a complete answer.
         """
-        body = {"model": MODEL, "input": conversation, "stream": True}
+        body: dict[str, Any] = {"model": MODEL, "input": question, "stream": True}
+        if previous is not None:
+            body["previous_response_id"] = previous
         async with self._session.post(self._responses, json=body, headers=self._headers) as answer:
             if answer.status != 200:  # noqa: PLR2004 - HTTP's own number
                 raise DemoError(f"aiproxy answered {answer.status}: {await answer.text()}")

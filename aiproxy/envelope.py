@@ -89,6 +89,14 @@ class Envelope:
         """Replace a value, or add it at the end."""
         self._members[name] = Raw(msgspec.json.encode(value))
 
+    def put_raw(self, name: str, value: bytes) -> None:
+        """Replace a value, or add it at the end, by its JSON."""
+        self._members[name] = Raw(value)
+
+    def drop(self, name: str) -> None:
+        """Leave a field out."""
+        self._members.pop(name, None)
+
     def text(self, name: str) -> str | None:
         """A string field."""
         value = self.raw(name)

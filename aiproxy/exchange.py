@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiproxy.errors import Outcome
+    from aiproxy.sessions import LoadResult
     from aiproxy.usage import Reason, Usage
 
 Endpoint = Literal["responses", "chat", "embeddings", "messages", "response", "models", "none"]
@@ -62,6 +63,8 @@ class Exchange:
     usage: Usage | None = None
     estimated: Reason | None = None
     replayed_turns: int = 0
+    loads: list[LoadResult] = field(default_factory=list)  # look-ups of stored turns and items
+    reasoning_left_out: int = 0  # items that another upstream encrypted
     bytes_in: int = 0
     bytes_out: int = 0
     streaming: bool = False  # the client has got the head of a stream

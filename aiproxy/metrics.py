@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from aiproxy.exchange import Exchange
     from aiproxy.limits import Level
+    from aiproxy.sessions import Shares
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -44,6 +45,7 @@ _DURATION = tuple(0.08 * 2**n for n in range(14))
 _FIRST_TOKEN = (0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 60, 120)
 _PER_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 _OVERHEAD = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
+_STORE = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 _LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
@@ -109,6 +111,19 @@ class Metrics:
             "aiproxy_client_disconnects", "Clients that left before their answer's end.",
             ("endpoint", "phase"), registry=registry,
         ))  # fmt: skip
+        self._loads = _Children(Counter(
+            "aiproxy_sessions_loads", "Look-ups of stored turns and items.",
+            ("result",), registry=registry,
+        ))  # fmt: skip
+        self._reasoning_left_out = _Children(Counter(
+            "aiproxy_sessions_reasoning_left_out",
+            "Reasoning items not sent on, since another upstream had encrypted them.",
+            ("upstream",), registry=registry,
+        ))  # fmt: skip
+        self._store_duration = _Children(Histogram(
+            "aiproxy_store_duration_seconds", "Operations on a store.",
+            ("store", "operation"), buckets=_STORE, registry=registry,
+        ))  # fmt: skip
         self._rejections = _Children(Counter(
             "aiproxy_limit_rejections", "Requests that a limit refused.",
             ("key", "limit"), registry=registry,
@@ -157,6 +172,10 @@ class Metrics:
             self._rejections[key, exchange.limit].inc()
         for result in exchange.results:
             self._attempts[upstream, result].inc()
+        for load in exchange.loads:
+            self._loads[(load,)].inc()
+        if exchange.reasoning_left_out:
+            self._reasoning_left_out[(upstream,)].inc(exchange.reasoning_left_out)
         if outcome == "client_disconnected":
             phase = "streaming" if exchange.streaming else "waiting"
             self._disconnects[endpoint, phase].inc()
@@ -188,6 +207,10 @@ class Metrics:
             self._available.metric.remove(*gone)
             del self._available[gone]
 
+    def store_used(self, store: str, operation: str, seconds: float) -> None:
+        """An operation on a store ended."""
+        self._store_duration[store, operation].observe(seconds)
+
     def store_failed(self, store: str, operation: str) -> None:
         """An operation on a store failed."""
         self._store_errors[store, operation].inc()
@@ -200,6 +223,10 @@ class Metrics:
         """Requests that ended, since the start."""
         return _added_up(self._requests.metric, "outcome")
 
+    def loads_by_result(self) -> dict[str, int]:
+        """Look-ups of stored turns and items, since the start."""
+        return _added_up(self._loads.metric, "result")
+
     def tokens_by_type(self) -> dict[str, int]:
         """Tokens since the start."""
         return _added_up(self._tokens.metric, "type")
@@ -207,6 +234,10 @@ class Metrics:
     def watch_log(self, dropped: Callable[[], int]) -> None:
         """Take the number of dropped log lines from the log itself, at each scrape."""
         self.registry.register(_Dropped(dropped))
+
+    def watch_sessions(self, shares: Callable[[], Shares]) -> None:
+        """Take what is stored from where it is kept, at each scrape."""
+        self.registry.register(_Stored(shares))
 
     def watch_limits(self, levels: Callable[[], Mapping[str, Iterable[Level]]]) -> None:
         """Take the levels of keys from where they are kept, at each scrape."""
@@ -239,6 +270,28 @@ class _Dropped(Collector):
             "Log lines dropped since standard error was blocked.",
             value=self._value(),
         )
+
+
+class _Stored(Collector):
+    """What the store of sessions holds, and what it has removed."""
+
+    def __init__(self, shares: Callable[[], Shares]) -> None:
+        self._shares = shares
+
+    def collect(self) -> Iterable[Metric]:
+        shares = self._shares()
+        yield GaugeMetricFamily(
+            "aiproxy_sessions_stored_bytes", "Bytes of stored turns.", value=shares.size
+        )
+        yield GaugeMetricFamily(
+            "aiproxy_sessions_stored_turns", "Stored turns.", value=shares.turns
+        )
+        evictions = CounterMetricFamily(
+            "aiproxy_sessions_evictions", "Turns that were removed.", labels=("reason",)
+        )
+        for reason, turns in dict(shares.removed).items():
+            evictions.add_metric((reason,), turns)
+        yield evictions
 
 
 class _Remaining(Collector):

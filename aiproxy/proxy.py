@@ -10,11 +10,13 @@ import asyncio
 import time
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from aiproxy import auth, errors, headers, routes
+from aiproxy.aside import aside
 from aiproxy.body import Buffered, receive
 from aiproxy.call import Call
+from aiproxy.conversation import Conversation
 from aiproxy.dialects import bound_output
 from aiproxy.envelope import Envelope
 from aiproxy.errors import ProxyError
@@ -39,12 +41,8 @@ if TYPE_CHECKING:
     from aiproxy.limits import LimitStore
     from aiproxy.prompt_size import Size
     from aiproxy.reply import Reply
+    from aiproxy.session_gate import SessionGate
     from aiproxy.snapshot import Snapshot
-
-
-T = TypeVar("T")
-
-LARGE = 1024 * 1024  # bytes of a document that is not read in the event loop
 
 
 class Proxy:
@@ -62,11 +60,13 @@ class Proxy:
         self,
         snapshot: Snapshot,
         limits: LimitStore,
+        sessions: SessionGate,
         recorder: Recorder,
         log: FilteringBoundLogger,
     ) -> None:
         self.snapshot = snapshot
         self._limits = limits
+        self._sessions = sessions
         self._recorder = recorder
         self._log = log
         self._buffered = Buffered(snapshot.config.max_buffered)
@@ -186,11 +186,17 @@ class Proxy:
     async def relay(self, call: Call, dialect: Dialect) -> Outcome:
         """A POST to one of the relayed APIs."""
         key = self.authenticate(call)
-        envelope, size = await self._receive(call)
+        envelope, call.size = await self._receive(call)
         asked = call.asked = dialect.request(envelope)
-        route, target = self._choose(call, asked, key, dialect)
+        route = self._choose(call, asked, key)
         auth.permit(key, envelope)
-        call.size = size
+        conversation = None
+        if dialect.api == "responses":
+            conversation = call.conversation = Conversation(self._sessions, call, asked)
+            await conversation.begin(envelope)
+        target = self._target(call, route, dialect)
+        if conversation is not None:
+            await conversation.place(target, envelope)
         await self._admit(call, asked, route, envelope, dialect)
         if target.model is not None and target.model != asked.model:
             envelope.put("model", target.model)
@@ -198,10 +204,12 @@ class Proxy:
         if asked.stream:
             call.stream = dialect.stream(asked)
             call.watch.heartbeat(call.snapshot.config.streams.keepalive, call.beat)
-        ask = self._ask(call, dialect, target, envelope)
+        if conversation is not None:
+            await conversation.prepare(target, envelope)
+        ask = await self._ask(call, dialect, target, envelope)
         del envelope  # a stream may last for hours; its request's body need not
-        async with ask as answer:
-            call.hold.release()
+        with ask as answer:
+            call.hold.release(0 if conversation is None else conversation.holding)
             if asked.stream:
                 return await self._relay_stream(call, answer, target.upstream.timeouts.idle)
             return await self._relay_json(call, answer, dialect, asked)
@@ -214,9 +222,9 @@ class Proxy:
         body = await receive(call.request, call.hold, config.max_body)
         call.exchange.waited = time.monotonic() - began
         call.exchange.bytes_in = len(body)
-        return await _aside(lambda: (Envelope.parse(body), measure(body)), len(body))
+        return await aside(lambda: (Envelope.parse(body), measure(body)), len(body))
 
-    def _choose(self, call: Call, asked: Asked, key: Key, dialect: Dialect) -> tuple[Route, Target]:
+    def _choose(self, call: Call, asked: Asked, key: Key) -> Route:
         if not asked.model:
             raise errors.missing_model()
         call.exchange.model = asked.model
@@ -226,10 +234,15 @@ class Proxy:
         # A key that a reload has removed meanwhile keeps the limits that it began with, alone.
         if call.limits is None or self._limits.of(key.name) is not None:
             call.limits = self._limits.of(key.name, route.model)
-        target = routes.targets(route, dialect.api)[0]
+        return route
+
+    def _target(self, call: Call, route: Route, dialect: Dialect) -> Target:
+        conversation = call.conversation
+        prefer = None if conversation is None else conversation.prefers
+        target = routes.targets(route, dialect.api, prefer)[0]
         call.watch.bound(target.upstream.timeouts.total)
         call.exchange.upstream = target.upstream.name
-        return route, target
+        return target
 
     async def _admit(
         self, call: Call, asked: Asked, route: Route, envelope: Envelope, dialect: Dialect
@@ -237,6 +250,10 @@ class Proxy:
         """Take a slot, a request, and the tokens that it may come to."""
         size, limits, most = call.size, call.limits, route.max_output_tokens
         assert size is not None  # noqa: S101 - `relay` has set it
+        before = 0
+        if call.conversation is not None and call.conversation.goes_on:
+            before = call.conversation.tokens(partial(self._recent.density.tokens, route.model))
+            call.size = None  # it says nothing about the tokens of all that is sent
         declared = asked.declared
         whole = call.snapshot.config.limiter.reserve == "max"
         if whole and declared is None and limits is not None and limits.counts_tokens:
@@ -244,7 +261,13 @@ class Proxy:
             bound_output(envelope, dialect.output_fields, each)
             declared = each * asked.choices
         estimate = call.estimate = self._recent.estimate(
-            call.exchange.key, route.model, size, declared=declared, most=most, many=asked.choices
+            call.exchange.key,
+            route.model,
+            size,
+            before=before,
+            declared=declared,
+            most=most,
+            many=asked.choices,
         )
         if whole:
             demand = Demand(estimate.input, estimate.largest)
@@ -268,25 +291,40 @@ class Proxy:
         else:
             raise errors.rate_limit_exceeded(held.kind, held.message, held.wait)
 
-    def _ask(self, call: Call, dialect: Dialect, target: Target, envelope: Envelope) -> Ask:
+    async def _ask(self, call: Call, dialect: Dialect, target: Target, envelope: Envelope) -> Ask:
+        """Send the request; once more where it was refused for what we have added."""
+        try:
+            return await self._send(call, dialect, target, envelope)
+        except ProxyError as error:
+            conversation = call.conversation
+            if conversation is None or not conversation.asks_again(error, envelope):
+                raise
+        ask = await self._send(call, dialect, target, envelope)
+        conversation.refused_for_reasoning()
+        return ask
+
+    async def _send(self, call: Call, dialect: Dialect, target: Target, envelope: Envelope) -> Ask:
         client = call.snapshot.clients[target.upstream.name]
         body = envelope.encode()
         beta = call.request.query.get("beta") if dialect.api == "messages" else None
         head = client.request_head(
             dialect.api,
-            client.target(dialect.path, beta),
+            client.target(dialect.path, () if beta is None else (("beta", beta),)),
             call.request.headers.items(),
             request_id=call.exchange.request_id,
             size=len(body),
         )
-        return Ask(client, call.exchange, call.watch, shape=dialect.shape).post(head, body)
+        ask = Ask(client, call.exchange, call.watch, shape=dialect.shape)
+        return await ask.send(head, body)
 
     async def _relay_json(self, call: Call, answer: Ask, dialect: Dialect, asked: Asked) -> Outcome:
         if answer.media_type not in ("application/json", ""):
             raise answer.not_an_answer("The upstream's answer is not JSON.")
         call.exchange.answered = time.monotonic()
         body = await answer.read()
-        call.answer = await _aside(partial(dialect.answer, body, asked), len(body))
+        call.answer = await aside(partial(dialect.answer, body, asked), len(body))
+        if call.answer.produced is not None:
+            await call.keep(call.answer.produced)
         call.send_json(200, call.answer.body, answer.passed_on())
         if call.reply.blocked:
             call.await_client()
@@ -303,13 +341,6 @@ class Proxy:
         await Relay(call, stream).run(answer, idle)
         call.reply.end()
         return stream.outcome
-
-
-async def _aside(work: Callable[[], T], size: int) -> T:
-    """Do it here, or in a thread for a document that would hold up the event loop."""
-    if size <= LARGE:
-        return work()
-    return await asyncio.get_running_loop().run_in_executor(None, work)
 
 
 def shape_of(path: str) -> Shape:

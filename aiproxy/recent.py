@@ -126,6 +126,28 @@ class Outputs:
         }
 
 
+class NotReasoning:
+    """Targets, by upstream and model, that have refused to encrypt reasoning: they have none."""
+
+    MANY = 1024  # of a glob's models there may be any number: the oldest is forgotten
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], None] = {}
+
+    def __contains__(self, target: tuple[str, str]) -> bool:
+        return target in self._known
+
+    def add(self, target: tuple[str, str]) -> None:
+        """Remember one."""
+        self._known[target] = None
+        if len(self._known) > self.MANY:
+            del self._known[next(iter(self._known))]
+
+    def forget(self) -> None:
+        """Another configuration: behind a name may be another server."""
+        self._known.clear()
+
+
 class Recent:
     """All of it. It lasts as long as the daemon; a reload forgets what is configured no more."""
 
@@ -133,15 +155,25 @@ class Recent:
         self.pace = Pace()
         self.density = Density()
         self.outputs = Outputs()
+        self.not_reasoning = NotReasoning()
 
     def keep(self, keys: Collection[str], routes: Collection[str]) -> None:
         """Forget all other keys and routes."""
         self.pace.keep(routes)
         self.density.keep(routes)
+        self.not_reasoning.forget()
         self.outputs.keep(keys, routes)
 
     def estimate(
-        self, key: str, route: str, size: Size, *, declared: int | None, most: int | None, many: int
+        self,
+        key: str,
+        route: str,
+        size: Size,
+        *,
+        before: int = 0,
+        declared: int | None,
+        most: int | None,
+        many: int,
     ) -> Estimate:
         """The tokens of a request.
 
@@ -149,11 +181,12 @@ class Recent:
             key: whose it is.
             route: where it goes.
             size: of what reaches the model.
+            before: tokens of the turns that it goes on from, if these are known.
             declared: the largest output that the client declared, all of its answers together.
             most: the route's.
             many: how many answers it asks for at once.
         """
-        given = self.density.tokens(route, size)
+        given = before + self.density.tokens(route, size)
         if declared is not None:
             largest, firm = declared, True
         else:

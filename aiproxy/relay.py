@@ -18,6 +18,7 @@ from aiproxy.sse import Splitter
 if TYPE_CHECKING:
     from aiproxy.call import Call
     from aiproxy.dialects import Stream
+    from aiproxy.dialects.responses_object import Produced
     from aiproxy.upstream import Ask
 
 SOON = 0.001  # seconds: a limit of 0 would be none
@@ -31,6 +32,7 @@ class Relay:
         self._call = call
         self._stream = stream
         self._splitter = Splitter()
+        self._idle = 0.0
 
     async def run(self, answer: Ask, idle: float) -> None:
         """Relay to the end of the upstream's body; the client's body is left open.
@@ -40,6 +42,7 @@ class Relay:
             ConnectionError: the client has left.
         """
         call, stream = self._call, self._stream
+        self._idle = idle
         watch = call.watch
         loop = asyncio.get_running_loop()
         ends: float | None = None  # when the upstream must have ended, after its terminal event
@@ -71,23 +74,38 @@ class Relay:
         for frame in self._splitter.feed(chunk):
             if not frame.whole:
                 out.append(stream.spill(frame.raw, ends=frame.ends))
-                continue
-            out.append(stream.feed(frame.raw))
+            else:
+                out.append(stream.feed(frame.raw))
             if stream.error is not None:
                 break
+            if stream.produced is not None:
+                await self._keep(out, stream.produced)
         data = out[0] if len(out) == 1 else b"".join(out)
-        call.holding_event = not self._splitter.at_boundary
+        call.holding_event = stream.error is None and not self._splitter.at_boundary
         if not data:
             return False
-        call.reply.write(data)
-        call.watch.sent()
-        if stream.output_started and not call.exchange.first_token:
-            call.exchange.first_token = time.monotonic()
+        self._write(data)
         if not call.reply.blocked:
             return False
         call.await_client()
         await call.reply.drain()
         return True
+
+    async def _keep(self, out: list[bytes], produced: Produced) -> None:
+        """Store the turn that is whole; only then its terminal event may go."""
+        if before := b"".join(out):
+            self._call.holding_event = False
+            self._write(before)
+        await self._call.keep(produced)
+        self._call.watch.enter("idle", self._idle)
+        out[:] = [self._stream.end()]
+
+    def _write(self, data: bytes) -> None:
+        call = self._call
+        call.reply.write(data)
+        call.watch.sent()
+        if self._stream.output_started and not call.exchange.first_token:
+            call.exchange.first_token = time.monotonic()
 
     def _broke_off(self, error: ProxyError) -> None:
         """The upstream's body ended: an error unless what came is whole."""

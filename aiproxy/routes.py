@@ -93,13 +93,22 @@ class Router:
         return list(names)
 
 
-def targets(route: Route, api: str) -> Sequence[Target]:
+def targets(route: Route, api: str, prefer: str | None = None) -> Sequence[Target]:
     """The targets of a route in the order in which they are tried.
+
+    Args:
+        route: of the model.
+        api: what is asked for.
+        prefer: the upstream that a conversation is with, where the route has it.
 
     Raises:
         ProxyError: none of them speaks `api`.
     """
     first = route.targets[0]
+    for target in route.targets if prefer is not None else ():
+        if target.name == prefer and api in target.upstream.apis:
+            first = target
+            break
     if api not in first.upstream.apis:
         raise errors.unsupported_parameter(
             "model", f"The model `{errors.shown(route.model)}` is not served on this endpoint."

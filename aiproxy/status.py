@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from aiproxy.metrics import Metrics
     from aiproxy.proxy import Proxy
     from aiproxy.reload import Reloader
+    from aiproxy.session_gate import SessionGate
     from aiproxy.stores.memory import MemoryLimits
 
 Report = dict[str, Any]
@@ -42,6 +43,7 @@ class Status:
         proxy: Proxy,
         reloader: Reloader,
         limits: MemoryLimits,
+        sessions: SessionGate,
         clients: Listener,
         metrics: Metrics,
         dropped: Callable[[], int],
@@ -49,6 +51,7 @@ class Status:
         self._proxy = proxy
         self._reloader = reloader
         self._limits = limits
+        self._sessions = sessions
         self._clients = clients
         self._metrics = metrics
         self._dropped = dropped
@@ -82,6 +85,7 @@ class Status:
             "in_flight_by_endpoint": _counted(exchange.endpoint for exchange in exchanges),
             "requests": self._metrics.requests_by_outcome(),
             "tokens": self._metrics.tokens_by_type(),
+            "sessions": self._stored(),
             "log_dropped": self._dropped(),
             "upstreams": self._upstreams(Counter(exchange.upstream for exchange in exchanges)),
             "routes": _routes(config, self._limits.levels("routes")),
@@ -91,6 +95,20 @@ class Status:
                 self._limits.levels("keys"),
                 now,
             ),
+        }
+
+    def _stored(self) -> Report:
+        sessions = self._sessions
+        shares = sessions.shares
+        return {
+            "store": sessions.name,
+            "state": "away" if sessions.away else "available",
+            "turns": shares.turns,
+            "bytes": shares.size,
+            "max_bytes": sessions.bounds.max_bytes,
+            "ttl_s": sessions.bounds.ttl,
+            "loads": self._metrics.loads_by_result(),
+            "removed": dict(shares.removed),
         }
 
     def _upstreams(self, in_flight: Mapping[str, int]) -> list[Report]:
@@ -213,6 +231,8 @@ def page(report: Report) -> bytes:
         (
             f"<h1>aiproxy {_text(report['version'])}</h1>",
             _facts(facts),
+            "<h2>Conversations</h2>",
+            _facts(_session_facts(report["sessions"])),
             "<h2>Requests since the start</h2>",
             _facts([(name, _text(count)) for name, count in report["requests"].items()]),
             "<h2>Tokens since the start</h2>",
@@ -228,6 +248,23 @@ def page(report: Report) -> bytes:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>aiproxy: {state}'
         f"</title><style>{_STYLE}</style></head><body>{body}</body></html>\n"
     ).encode()
+
+
+def _session_facts(sessions: Report) -> list[tuple[str, str]]:
+    bound = sessions["max_bytes"]
+    meter = f'<meter max="{bound}" value="{sessions["bytes"]}"></meter>'
+    state = "failed" if sessions["state"] == "away" else "ready"
+    counts = {
+        kind: ", ".join(f"{count} {name}" for name, count in sessions[kind].items()) or "none"
+        for kind in ("loads", "removed")
+    }
+    return [
+        ("Store", f'{_text(sessions["store"])}, <span class="{state}">{sessions["state"]}</span>'),
+        ("Turns", _text(sessions["turns"])),
+        ("Bytes", f"{meter} {sessions['bytes']} of {bound}"),
+        ("Look-ups since the start", _text(counts["loads"])),
+        ("Turns removed since the start", _text(counts["removed"])),
+    ]
 
 
 def _facts(rows: list[tuple[str, str]]) -> str:

@@ -69,8 +69,9 @@ class Client:
         *,
         request_id: str,
         size: int,
+        method: str = "POST",
     ) -> bytes:
-        """The head of a POST: the client's headers that may pass, the upstream's own, our own.
+        """The head of a request: the client's headers that may pass, the upstream's own, our own.
 
         Args:
             api: what is asked for.
@@ -78,12 +79,13 @@ class Client:
             received: the client's headers.
             request_id: of this request.
             size: bytes of its body.
+            method: of the request.
         """
         fixed = self._fixed.get(api)
         if fixed is None:
             fixed = self._fixed[api] = self._fixed_headers(api)
         own = self._own
-        lines = [f"POST {target} HTTP/1.1"]
+        lines = [f"{method} {target} HTTP/1.1"]
         typed = versioned = False
         for name, value in headers.to_upstream(received, self.upstream.header_allow):
             lower = name.lower()
@@ -92,11 +94,14 @@ class Client:
             typed = typed or lower == "content-type"
             versioned = versioned or lower == "anthropic-version"
             lines.append(f"{name}: {value}")
-        if not typed and "content-type" not in own:
+        if not typed and "content-type" not in own and method == "POST":
             lines.append("Content-Type: application/json")
         if api == "messages" and not versioned and "anthropic-version" not in own:
             lines.append(f"anthropic-version: {ANTHROPIC_VERSION}")
-        lines.append(f"{headers.REQUEST_ID}: {request_id}\r\nContent-Length: {size}\r\n{fixed}")
+        lines.append(f"{headers.REQUEST_ID}: {request_id}")
+        if method == "POST":
+            lines.append(f"Content-Length: {size}")
+        lines.append(fixed)
         return "\r\n".join(lines).encode()
 
     def _fixed_headers(self, api: str) -> str:
@@ -109,16 +114,15 @@ class Client:
         own.append(("Accept-Encoding", "identity"))  # a stream that is compressed is not live
         return "".join(f"{name}: {value}\r\n" for name, value in own) + "\r\n"
 
-    def target(self, path: str, beta: str | None = None) -> str:
-        """What to ask for: `path` after the base, whose query is kept; `beta` is added to it.
+    def target(self, path: str, query: Iterable[tuple[str, str]] = ()) -> str:
+        """What to ask for: `path` after the base, whose query is kept; `query` is added to it.
 
         A base without any path is one that the user took for the host: its API is below /v1.
         """
         base = self._base.raw_path.rstrip("/") or "/v1"
-        query = [self._base.raw_query_string] if self._base.raw_query_string else []
-        if beta is not None:
-            query.append(f"beta={quote(beta, safe='')}")
-        return f"{base}{path}?{'&'.join(query)}" if query else f"{base}{path}"
+        parts = [self._base.raw_query_string] if self._base.raw_query_string else []
+        parts += [f"{name}={quote(value, safe='')}" for name, value in query]
+        return f"{base}{path}?{'&'.join(parts)}" if parts else f"{base}{path}"
 
     @property
     def origin(self) -> str:
@@ -135,11 +139,10 @@ class Client:
 
 
 class Ask:
-    """One attempt at one target: `async with Ask(...) as answer`.
+    """One attempt at one target: `with await Ask(...).send(head, body) as answer`.
 
-    Entering sends the request and returns once the answer's head is here and is a good one. Leaving
-    aborts the connection unless the answer was read to its end: an upstream must not go on
-    generating for nobody.
+    Sending returns once the answer's head is here and is a good one. Leaving aborts the connection
+    unless the answer was read to its end: an upstream must not go on generating for nobody.
     """
 
     def __init__(self, client: Client, exchange: Exchange, watch: Watch, *, shape: Shape) -> None:
@@ -154,17 +157,13 @@ class Ask:
         self._head = b""
         self._body = b""
 
-    def post(self, head: bytes, body: bytes) -> Ask:
-        """What to send."""
-        self._head, self._body = head, body
-        return self
-
-    async def __aenter__(self) -> Self:
-        """Send, and judge the answer's head.
+    async def send(self, head: bytes, body: bytes) -> Self:
+        """Send a request, and judge the answer's head.
 
         Raises:
-            ProxyError: no answer, or a refusal.
+            ProxyError: no answer, or a refusal; no connection is left behind.
         """
+        self._head, self._body = head, body
         try:
             await self._ask()
         except BaseException as error:  # a cancellation, too, leaves no connection behind
@@ -203,7 +202,11 @@ class Ask:
         if self._answer is None and self._watch.phase in ("connect", "first_byte"):
             self._watch.enter("first_byte", self._client.timeouts.first_byte)
 
-    async def __aexit__(
+    def __enter__(self) -> Self:
+        """Read the answer within."""
+        return self
+
+    def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,

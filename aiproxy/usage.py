@@ -156,6 +156,8 @@ def charge(
             return Usage(input=given, output=delivered), reason or "missing"
         case "upstream_timeout" | "drained":
             return Usage(input=given, output=delivered), "cut"
+        case "store_error" if answered:
+            return Usage(input=given, output=delivered), "cut"
         case "upstream_error" | "internal_error" if answered and streamed:
             return Usage(input=given, output=delivered), "cut"
         case _:

@@ -98,14 +98,25 @@ async def upstream() -> AsyncIterator[ScriptedUpstream]:
 
 
 @pytest.fixture
-async def serve(upstream: ScriptedUpstream) -> AsyncIterator[Callable[..., Awaitable["Proxy"]]]:
+def holder(request: pytest.FixtureRequest) -> str:
+    """Say who holds conversations where a test does not: a module's HOLDER.
+
+    By default it is the upstream, since then all bytes pass as they are.
+    """
+    return str(getattr(request.module, "HOLDER", "upstream"))
+
+
+@pytest.fixture
+async def serve(
+    upstream: ScriptedUpstream, holder: str
+) -> AsyncIterator[Callable[..., Awaitable["Proxy"]]]:
     """Start the real daemon before the scripted upstream; arguments as of `rig.config_text`."""
     from rig import Proxy, config_text  # noqa: PLC0415 - unit tests do not import the daemon
 
     proxies: list[Proxy] = []
 
     async def start(environ: dict[str, str] | None = None, **changes: Any) -> Proxy:
-        proxy = await Proxy.start(config_text(upstream.url, **changes), environ)
+        proxy = await Proxy.start(config_text(upstream.url, holder, **changes), environ)
         proxies.append(proxy)
         return proxy
 

@@ -1,4 +1,4 @@
-"""What must be true after every case: I1 to I5, I7 and I8 of the list of faults."""
+"""What must be true after every case: I1 to I8 of the list of faults."""
 
 import asyncio
 import json
@@ -93,7 +93,7 @@ async def check_invariants(
         proxy: the daemon under test.
         upstream: healed, that is, without queued scripts from here on.
         baseline: from `take_baseline`; without it I4 is left out.
-        stream: the body of a Responses stream, for I7.
+        stream: the body of a Responses stream, for I6 and I7.
         completed: whether the upstream itself ended that stream with `response.completed`.
         bodies: error bodies that were seen, for I5; outputs may not be among them.
     """
@@ -102,6 +102,7 @@ async def check_invariants(
     upstream.text = f"Hello {OUTPUT_CANARY}"
     if stream is not None:
         check_terminal(stream, completed=completed)
+        await check_continued(proxy, stream)
     await check_healthy(proxy)
     await check_conservation(proxy)
     check_settled(proxy)
@@ -194,6 +195,17 @@ def check_terminal(stream: bytes, *, completed: bool) -> None:
     assert facts[-1].get("type") == ends[0], "something follows the terminal event"
     assert (ends[0] == "response.completed") <= completed, "an invented response.completed"
     assert stream.endswith((b"\n\n", b"\r\r", b"\r\n\r\n")), "the last event is not finished"
+
+
+async def check_continued(proxy: Proxy, stream: bytes) -> None:
+    """I6: a turn that was seen complete can be continued, by its owner alone; no other can."""
+    facts = [json.loads(data) for _, data in parse_sse(stream) if data != "[DONE]"]
+    end = next(fact for fact in facts if fact.get("type") in TERMINAL)
+    body = prompt(previous_response_id=end["response"]["id"])
+    whole = end["type"] != "response.failed" and end["response"].get("store") is not False
+    for key, status in ((TEAM_A, 200 if whole else 400), (TEAM_B, 400)):
+        answer = await proxy.post("/v1/responses", body, key=key)
+        assert answer.status == status, answer
 
 
 async def check_healthy(proxy: Proxy) -> None:

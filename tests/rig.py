@@ -79,6 +79,7 @@ def base_config(upstream_url: str) -> dict[str, Any]:
                 "url": upstream_url,
                 "credential": {"env": "UPSTREAM_KEY"},
                 "apis": ["responses", "chat", "messages", "embeddings"],
+                "sessions": "upstream",  # then its bytes pass as they are
                 "idle_connections": "500ms",  # below SETTLE, so that pooled ones are gone by then
             }
         },
@@ -101,9 +102,14 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return {name: value for name, value in whole.items() if value is not ABSENT}
 
 
-def config_text(upstream_url: str, **changes: Any) -> str:
-    """Return the configuration as YAML: mappings are merged, all else is replaced."""
-    whole = _merged(base_config(upstream_url), changes)
+def config_text(upstream_url: str, holder: str = "upstream", /, **changes: Any) -> str:
+    """Return the configuration as YAML: mappings are merged, all else is replaced.
+
+    `holder` is the usual upstream's `sessions`.
+    """
+    base = base_config(upstream_url)
+    base["upstreams"]["scripted"]["sessions"] = holder
+    whole = _merged(base, changes)
     return yaml.dump(whole, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

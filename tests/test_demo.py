@@ -73,20 +73,26 @@ async def read_until(process: Process, pattern: str) -> re.Match[str]:
 # The command
 
 
-async def test_once_shows_two_turns_and_ends(start: Start) -> None:
-    """With --once it shows events, usage, log and metrics of both turns, and exits with 0."""
+async def test_once_shows_three_turns_and_ends(start: Start) -> None:
+    """With --once it shows events, usage, log and metrics of all turns, and exits with 0."""
     process = await start("--once")
     async with asyncio.timeout(20):
         out, err = (part.decode() for part in await process.communicate())
     assert (process.returncode, err) == (0, "")
     for event in ("created", "output_item.added", "output_text.done", "completed"):
-        assert out.count(f"  response.{event}\n") == 2
+        assert out.count(f"  response.{event}\n") == 3
     assert 'You said: "Hello, my name is Ada." That makes 5 words so far.\n' in out
     assert 'You have spoken 2 times, and began with: "Hello, my name is Ada."' in out
     assert "  usage  5 input tokens, 13 output tokens, 18 in total\n" in out
-    assert out.count("outcome=completed") == 2
+    assert out.count("outcome=completed") == 3
     assert re.search(r"aiproxy_requests_total\{.*\}  \+2\n", out)
     assert re.search(r'aiproxy_tokens_total\{.*type="input"\}  \+34\n', out)
+    assert 'You have spoken 3 times, and began with: "Hello, my name is Ada."' in out
+    first, restarted, last = out.partition("aiproxy was restarted")
+    assert restarted
+    assert ("replayed_turns=1" in first, "replayed_turns=2" in last) == (True, True)
+    assert (first.count("previous_response_id: "), last.count("previous_response_id: ")) == (1, 1)
+    assert re.search(r'aiproxy_sessions_loads_total\{result="hit"\}  \+1\n', first)
     assert "curl -N" not in out
     assert "sk-" not in out
     assert "\x1b" not in out

@@ -338,7 +338,7 @@ def test_answers(status: str) -> None:
     """A JSON answer counts as its status says, with its usage, byte for byte."""
     body = json.dumps(responses_object(status=status, usage=USAGE)).encode()
     answer = Responses().answer(body, asked(stream=False))
-    assert answer == (body, status, DISJOINT, None)
+    assert answer == (body, status, DISJOINT, None, None)
 
 
 @pytest.mark.parametrize("body", [b"[]", b"{}", b"null", b'{"error": {"message": "no"}}', b"x"])

@@ -125,7 +125,6 @@ WRONG_TYPES: dict[str, dict[str, list[Any]]] = {
 }
 
 UNSUPPORTED: list[tuple[str, dict[str, Any], str]] = [
-    (R, {"previous_response_id": "resp_1"}, "previous_response_id"),
     (R, {"background": True}, "background"),
     (R, {"conversation": "conv_1"}, "conversation"),
     (R, {"conversation": {"id": "conv_1"}}, "conversation"),

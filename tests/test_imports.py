@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "aiproxy"
 
 CONNECTED = "config stores upstream upstream_answer upstream_connection upstream_errors "
-CONNECTED += "upstream_pool watch body listener reply metrics logs tracing systemd"
+CONNECTED += "upstream_pool watch body listener reply metrics logs tracing systemd aside"
 # Bottom to top. At runtime a module imports from lower layers only, save SAME_LAYER and NARROW.
 LAYERS = [
     "errors sse usage headers jsontext coding prompt_size",
@@ -17,8 +17,8 @@ LAYERS = [
     "limits routes sessions dialects auth recent",
     "exchange",
     CONNECTED,
-    "snapshot call relay proxy",
-    "reload app sockets levels",
+    "snapshot session_gate call conversation relay proxy stored",
+    "reload app sockets levels pulse",
     "status",
     "admin",
     "daemon",
@@ -31,6 +31,7 @@ IMPURE = {"asyncio", "aiohttp", "socket", "sqlite3", "time", "structlog", "uvloo
 SAME_LAYER = {
     ("proxy", "call"),
     ("proxy", "relay"),
+    ("proxy", "conversation"),
     ("upstream", "upstream_errors"),
     ("upstream", "upstream_pool"),
     ("upstream", "upstream_connection"),
@@ -44,14 +45,14 @@ SAME_LAYER = {
     ("demo", "demo_upstream"),
 }
 NARROW = {
-    4: {"errors", "headers", "coding", "exchange", "limits"}
+    4: {"errors", "headers", "coding", "exchange", "limits", "sessions"}
 }  # all that these layers know of the lower ones
 # For types only, besides what lies below: who may name what.
 TYPES = {
     0: {"errors"},
     2: {"config"},
     4: {"config", "watch"},
-    5: {"snapshot", "call", "relay", "proxy"},
+    5: {"snapshot", "session_gate", "call", "conversation", "relay", "proxy"},
 }
 
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "manager", "base", "core", "types"}

@@ -221,7 +221,11 @@ async def test_f30_a_route_moves_during_a_stream(serve: Serve, upstream: Scripte
     """Old streams stay where they are, new requests go on, no credential goes to the other host."""
     async with ScriptedUpstream() as other:
         credential = {"credential": {"env": "OTHER_KEY"}}
-        stanza = {"url": other.url, "apis": ["responses", "chat", "messages"], **credential}
+        stanza = {
+            "url": other.url,
+            "apis": ["responses", "chat", "messages"],
+            "sessions": "upstream",
+        } | credential
         proxy, streams = await serve({"OTHER_KEY": OTHER}), Streams()
         same_name = config_text(upstream.url, upstreams={"scripted": stanza})
         moved = config_text(upstream.url, upstreams={"other": stanza},

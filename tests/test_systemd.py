@@ -285,7 +285,7 @@ async def test_stopping_comes_as_the_drain_begins(
     async with asyncio.timeout(10):
         await drain
     assert all(message == {"WATCHDOG": "1"} for message in one_manager.take_all())
-    assert proxy.daemon._timers["watchdog"].cancelled()
+    assert proxy.daemon._pulse._timers["watchdog"].cancelled()
     await proxy.stop()
     assert one_manager.take_all() == []
 
@@ -329,7 +329,7 @@ async def test_who_is_watched(
     proxy = await start(speaker)
     told = one_manager.take_all()
     assert ({"WATCHDOG": "1"} in told) == (seconds is not None)
-    timer = proxy.daemon._timers.get("watchdog")
+    timer = proxy.daemon._pulse._timers.get("watchdog")
     assert (timer is None) == (seconds is None)
     if timer is not None and seconds is not None:
         due = timer.when() - asyncio.get_running_loop().time()
@@ -343,7 +343,7 @@ async def test_signs_of_life_come_again_and_again(start: Start, one_manager: Man
     seen = set()
     for _ in range(6):
         assert await one_manager.next(watchdog=True)
-        timer = proxy.daemon._timers["watchdog"]
+        timer = proxy.daemon._pulse._timers["watchdog"]
         assert timer.when() <= loop.time() + PERIOD / 2 + 0.001  # the loop counts in these
         seen.add(timer)
     assert len(seen) > 1
@@ -424,10 +424,10 @@ async def test_a_manager_that_does_not_read_stops_nothing(
     async with asyncio.timeout(20):
         proxy = await start(speaker)
         assert (await proxy.post()).status == 200
-        first = proxy.daemon._timers["watchdog"]
+        first = proxy.daemon._pulse._timers["watchdog"]
 
         async def fed() -> None:
-            assert proxy.daemon._timers["watchdog"] is not first
+            assert proxy.daemon._pulse._timers["watchdog"] is not first
 
         await eventually(fed, 20)
         assert (await proxy.admin("/-/reload", "POST")).status == 200

@@ -120,7 +120,8 @@ TARGETS = [
 @pytest.mark.parametrize(("url", "path", "beta", "expected"), TARGETS)
 def test_the_target_of_a_request(url: str, path: str, beta: str | None, expected: str) -> None:
     """The base with its query, the path, and `beta` as a value that cannot be more than one."""
-    assert client(url).target(path, beta) == expected
+    query = [] if beta is None else [("beta", beta)]
+    assert client(url).target(path, query) == expected
 
 
 # Codings that nobody asked for

@@ -21,6 +21,7 @@ def warnings(config: Config, document: Document, now: datetime) -> Iterator[Mist
     yield from _listeners(config, document)
     yield from _upstreams(config, document)
     yield from _routes(config, document)
+    yield from _sessions(config, document)
     if not config.keys:
         yield document.mistake(("keys",), "there is no key, so no client can call")
     for key in config.keys.values():
@@ -40,6 +41,16 @@ def _listeners(config: Config, document: Document) -> Iterator[Mistake]:
     if config.max_buffered < config.max_body:
         what = f"is less than max_body, {format_size(config.max_body)}: larger bodies get 503"
         yield document.mistake(("max_buffered",), what)
+
+
+def _sessions(config: Config, document: Document) -> Iterator[Mistake]:
+    sessions = config.sessions
+    if sessions.max_bytes < sessions.max_replay:
+        what = (
+            f"is less than max_replay, {format_size(sessions.max_replay)}: a conversation that"
+            " outgrows it cannot be kept"
+        )
+        yield document.mistake(("sessions", "max_bytes"), what)
 
 
 def _upstreams(config: Config, document: Document) -> Iterator[Mistake]:

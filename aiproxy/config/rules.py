@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from aiproxy.config.document import Document, Mistake, Steps
 
 NOT_YET: Mapping[str, str | int | bool | list[str] | None] = {
-    "upstreams.*.sessions": "replay",
     "upstreams.*.normalize": False,
     "upstreams.*.reasoning_content": "fold",
     "upstreams.*.max_concurrent": None,
@@ -30,12 +29,6 @@ NOT_YET: Mapping[str, str | int | bool | list[str] | None] = {
     "routes.*.default_max_tokens": 4096,
     "routes.*.upstreams.*.weight": 1,
     "routes.*.upstreams.*.tier": 1,
-    "routes.*.upstreams.*.reasoning": "auto",
-    "sessions.store": "memory:",
-    "sessions.ttl": "30d",
-    "sessions.max_bytes": "1GiB",
-    "sessions.max_turns": 4096,
-    "sessions.max_replay": "32MiB",
     "limiter.store": "memory:",
     "limiter.on_error": "degrade",
     "retries": 2,
@@ -60,6 +53,10 @@ def not_yet(document: Document) -> Iterator[Mistake]:
                 yield document.mistake(
                     steps, f"not supported yet: only the default, {text}, is accepted"
                 )
+
+    for steps, store in _texts(document, "sessions.store"):
+        if store.startswith("redis"):
+            yield document.mistake(steps, "redis is not supported yet: use memory: or sqlite:PATH")
 
 
 def _same(value: object, default: object) -> bool:

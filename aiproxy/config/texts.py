@@ -22,7 +22,7 @@ SHA256 = r"^[0-9A-Fa-f]{64}$"
 VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 TOKEN = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"  # noqa: S105 - RFC 9110, section 5.6.2
 FIELD = r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_-]+)*$"
-STORE = r"^(memory:|sqlite:.+|rediss?://.+)$"
+STORE = r"^(memory:|sqlite:/.+|rediss?://.+)$"
 SHARED_STORE = r"^(memory:|rediss?://.+)$"
 
 _MAX_MODEL = 256
@@ -156,7 +156,7 @@ def denied_field(text: str) -> str:
 def store(text: str) -> str:
     """Return where sessions are kept: `memory:`, `sqlite:PATH` or `redis://...`."""
     if not re.fullmatch(STORE, text):
-        raise ValueError("must be memory:, sqlite:PATH or redis://HOST:PORT/DB")
+        raise ValueError("must be memory:, sqlite:/PATH (absolute) or redis://HOST:PORT/DB")
     return text
 
 

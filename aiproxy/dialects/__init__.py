@@ -8,7 +8,7 @@ failure is told in-band. It never does I/O, and time is passed in.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import re
     from collections.abc import Sequence
 
+    from aiproxy.dialects.responses_object import Produced
     from aiproxy.envelope import Envelope
     from aiproxy.errors import Outcome, ProxyError, Shape
     from aiproxy.usage import Reason, Usage
@@ -38,6 +39,10 @@ class Asked:
     include_usage: bool = False  # chat: the client itself asked for the usage frame
     choices: int = 1  # chat: `n`
     envelope: Envelope | None = None  # responses: what a failed response repeats, while needed
+    previous: str | None = None  # responses: the turn that it goes on from
+    store: bool = True  # responses: whether the client wants the turn kept
+    keep: bool = False  # responses: whether the answer is kept: its end waits for that
+    own: dict[str, bytes] = field(default_factory=dict)  # responses: what is ours in the object
 
 
 def output_maximum(envelope: Envelope, name: str) -> int | None:
@@ -68,6 +73,7 @@ class Answer(NamedTuple):
     outcome: Outcome
     usage: Usage | None
     reason: Reason | None  # why there is no usage
+    produced: Produced | None = None  # responses: what is to be kept
 
 
 class Dialect(Protocol):
@@ -114,6 +120,8 @@ class Stream(ABC):
         reason: why there is no usage.
         error: set when the stream cannot go on: what to tell the client.
         tally: of the output that passed.
+        produced: a whole answer that is to be kept, once its terminal event came. This event is
+            held back until `end`.
     """
 
     def __init__(self, asked: Asked, output: re.Pattern[bytes]) -> None:
@@ -126,6 +134,7 @@ class Stream(ABC):
         self.reason: Reason | None = "missing"
         self.error: ProxyError | None = None
         self.tally = Tally(output)
+        self.produced: Produced | None = None
         self._kept = True
         self._spilling = False
         self._terminal: Outcome | None = None
@@ -166,6 +175,10 @@ class Stream(ABC):
     def _begin_spill(self, _part: bytes) -> Outcome | None:
         """How a large frame ends the stream, by its beginning; None: it does not."""
         return None
+
+    def end(self) -> bytes:
+        """The terminal event that was held back; the stream is over with it."""
+        raise NotImplementedError
 
     def delivered(self) -> int:
         """Estimated output tokens of what passed so far."""

@@ -7,25 +7,30 @@ by the event's own `type`, since some servers send no `event:` lines.
 from __future__ import annotations
 
 import re
-import secrets
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec import Raw
 
-from aiproxy import errors, jsontext, sse, usage
+from aiproxy import errors, sse, usage
 from aiproxy.dialects import (
     Answer,
     Asked,
     Stream,
-    elements_of,
     many_lines,
     members_of,
     output_maximum,
-    restore_model,
-    restored_frame,
     value_of,
 )
+from aiproxy.dialects.responses_object import (
+    amended,
+    on_one_line,
+    only_ids,
+    produced,
+    skeleton,
+    with_response,
+)
+from aiproxy.dialects.responses_output import Output
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +44,7 @@ _TERMINAL: dict[str, Outcome] = {
     "response.incomplete": "incomplete",
     "response.failed": "failed",
 }
+_CONTINUED: tuple[Outcome, ...] = ("completed", "incomplete")
 _ITEM_DONE = "response.output_item.done"
 _ERROR = "error"
 
@@ -58,15 +64,10 @@ _OUTPUT = re.compile(rb'"response\.[a-z_.]+\.(?:delta|done)"')
 # What the beginning of an event tells that is too large to be decoded.
 _HEAD = 4096
 _TYPE = re.compile(rb'"type"\s*:\s*"(response\.[a-z_.]+)"')
+_LARGE_LIFECYCLE = re.compile(
+    rb'[^{]*\{[^{]*"response"\s*:\s*\{[^{]*?"id"\s*:\s*("[^"\\]*")', re.DOTALL
+)
 _SEQUENCE = re.compile(rb'"sequence_number"\s*:\s*(\d{1,15})')
-
-# Fields of the request that the response object repeats.
-_ECHO = (
-    "previous_response_id", "instructions", "tools", "tool_choice", "truncation",
-    "parallel_tool_calls", "text", "top_p", "presence_penalty", "frequency_penalty",
-    "top_logprobs", "temperature", "reasoning", "max_output_tokens", "max_tool_calls", "store",
-    "service_tier", "metadata", "safety_identifier", "prompt_cache_key",
-)  # fmt: skip
 
 
 class Responses:
@@ -78,26 +79,23 @@ class Responses:
     output_fields: Sequence[str] = ("max_output_tokens",)
 
     def request(self, envelope: Envelope) -> Asked:
-        """See `Dialect`. Conversations are not held yet: what needs one is refused."""
+        """See `Dialect`."""
         model = envelope.text("model") or ""
         stream = bool(envelope.boolean("stream"))
         envelope.require_one_of("input", (b'"', b"["), "a string or an array")
-        if envelope.text("previous_response_id") is not None:
-            raise errors.unsupported_parameter(
-                "previous_response_id", "'previous_response_id' is not supported yet."
-            )
         if envelope.boolean("background"):
             raise errors.unsupported_parameter("background", "'background' is not supported.")
         if "conversation" in envelope:
             raise errors.unsupported_parameter("conversation", "'conversation' is not supported.")
-        envelope.boolean("store")
-        _refuse_references(envelope.raw("input"))
+        store = envelope.boolean("store")
         envelope.put("stream", stream)
         return Asked(
             model=model,
             stream=stream,
             declared=output_maximum(envelope, "max_output_tokens"),
             envelope=envelope if stream else None,
+            previous=envelope.text("previous_response_id"),
+            store=store is not False,
         )
 
     def answer(self, body: bytes, asked: Asked) -> Answer:
@@ -105,42 +103,18 @@ class Responses:
         members = members_of(body)
         if members is None or not ("output" in members or "status" in members):
             raise errors.upstream_error("The upstream's answer is not a response object.")
-        outcome = _TERMINAL.get(f"response.{value_of(members.get('status'))}", "completed")
+        status = value_of(members.get("status"))
+        outcome = _TERMINAL.get(f"response.{status}", "completed")
         counted, reason = _usage(members)
-        if asked.renamed:
-            body = restore_model(body, (), asked.model)
-        return Answer(body, outcome, counted, reason)
+        object_ = amended(body, members, asked)
+        kept = None
+        if asked.keep and outcome in _CONTINUED and status in (None, *_CONTINUED):
+            kept = produced(object_)
+        return Answer(object_, outcome, counted, reason, kept)
 
     def stream(self, asked: Asked) -> ResponsesStream:
         """See `Dialect`."""
         return ResponsesStream(asked)
-
-
-def _refuse_references(given: bytes | None) -> None:
-    """An item that only the upstream's shared account knows may be another client's."""
-    if given is None or given[:1] != b"[":
-        return
-    for raw in elements_of(given):
-        if _is_reference(bytes(raw)):
-            raise errors.item_not_found()
-
-
-def _is_reference(item: bytes) -> bool:
-    """Whether any reader of an item could take it for a reference."""
-    if b"item_reference" not in item and b"\\u" not in item:
-        members = members_of(item) or {"role": Raw()}
-        return "id" in members and not ("role" in members or value_of(members.get("type")))
-    kinds: list[object] = []
-    names = set()
-    for key, start, end in jsontext.members(item):
-        name = jsontext.key_text(key)
-        names.add(name)
-        if name == "type":  # which of two counts is its reader's choice
-            kinds.append(value_of(Raw(item[start:end])))
-    if "item_reference" in kinds:
-        return True
-    # `type` may be left out (API reference, "Item reference"); a message then has a role.
-    return not any(kinds) and "role" not in names and "id" in names
 
 
 def _usage(response: dict[str, Raw]) -> tuple[usage.Usage | None, usage.Reason | None]:
@@ -159,7 +133,9 @@ class ResponsesStream(Stream):
         self._events = 0
         self._last = b""  # the last event that went to the client
         self._base: Raw | None = None  # the latest response object
-        self._items: list[Raw] = []
+        self._gathered = Output()
+        self._lost = False  # an item was too large to be read
+        self._held = b""  # the terminal event, while its turn is kept
         self._declared: ProxyError | None = None
 
     def _read(self, raw: bytes) -> bytes:
@@ -173,14 +149,42 @@ class ResponsesStream(Stream):
     def _after(self, raw: bytes) -> bytes:
         return raw if sse.parse(raw)[1] == b"[DONE]" else b""
 
+    def spill(self, part: bytes, *, ends: bool) -> bytes:
+        """See `Stream`. In an event that is not read our id is put in, too; but nothing else is.
+
+        An answer that cannot be read cannot be kept.
+        """
+        begins = not (self.over or self._spilling)
+        passed = super().spill(part, ends=ends)
+        if not begins:
+            return passed
+        ours = self.asked.own.get("id")
+        theirs = _LARGE_LIFECYCLE.match(part[:_HEAD])
+        if self._terminal in _CONTINUED and self.asked.keep:
+            if ours is not None:
+                self._terminal = None
+                return self._too_large()
+            # Of what the upstream holds the ids are enough.
+            known = (members_of(self._base) or {}).get("id") if theirs is None else theirs.group(1)
+            self.produced = only_ids(bytes(known or b"null"), self._gathered)
+            self._held = passed
+            return b""
+        if ours is None or theirs is None:
+            return passed
+        return b"".join((passed[: theirs.start(1)], ours, passed[theirs.end(1) :]))
+
     def _begin_spill(self, part: bytes) -> Outcome | None:
         head = part[:_HEAD]
         self._passed(head)
         named = _TYPE.search(head)
-        return None if named is None else _TERMINAL.get(named.group(1).decode())
+        kind = "" if named is None else named.group(1).decode()
+        self._lost = self._lost or kind == _ITEM_DONE
+        return _TERMINAL.get(kind)
 
     def _output(self, data: bytes) -> None:
         self.tally.count(data)
+        if self.asked.keep and "id" in self.asked.own:
+            self._gathered.text(data)
         if not self.output_started and _OUTPUT.search(data):
             self.output_started = True
 
@@ -206,7 +210,7 @@ class ResponsesStream(Stream):
             item = event.get("item")
             if members_of(item) is None:
                 return self._broken(kind)
-            self._items.append(event["item"])
+            self._gathered.finish(event["item"], value_of(event.get("output_index")))
             self.output_started = True
         elif kind == _ERROR:
             self._declared = errors.upstream_error(_message(event), outcome="failed")
@@ -221,14 +225,44 @@ class ResponsesStream(Stream):
             return self._broken(kind)
         self._base = event["response"]
         self.asked.envelope = None  # the upstream repeats it: the body need not stay in memory
-        if self.asked.renamed:
-            raw = restored_frame(raw, data, ("response",), self.asked.model)
-        self._passed(raw)
-        if kind in _TERMINAL:
-            self.outcome = _TERMINAL[kind]
-            self.over = self.whole = True
-            self.usage, self.reason = _usage(response)
+        theirs = bytes(event["response"])
+        ours = amended(theirs, response, self.asked)
+        if ours is not theirs:
+            raw = sse.with_data(raw, data, with_response(data, theirs, ours))
+        if kind not in _TERMINAL:
+            self._passed(raw)
+            return raw
+        self.outcome = _TERMINAL[kind]
+        self.usage, self.reason = _usage(response)
+        if self.asked.keep and self.outcome in _CONTINUED:
+            self.produced = produced(ours, self._gathered)
+            lost = self._lost and not self.produced.output[1:-1].strip()
+            if lost and "id" in self.asked.own:
+                return self._too_large()
+            self._held = raw
+            return b""
+        self._end(raw)
         return raw
+
+    def _end(self, raw: bytes) -> None:
+        self._passed(raw)
+        self.over = self.whole = True
+
+    def end(self) -> bytes:
+        """See `Stream`."""
+        raw, self._held = self._held, b""
+        self.produced = None
+        self._kept = True
+        if not self._spilling:  # else it ends with its last part
+            self._end(raw)
+        return raw
+
+    def _too_large(self) -> bytes:
+        self.produced = None
+        self.error = errors.upstream_error(
+            "The upstream's answer is too large to be kept; ask with 'store': false."
+        )
+        return b""
 
     def _not_json(self, raw: bytes, name: str, data: bytes) -> bytes:
         special = name in _LIFECYCLE or name in _TERMINAL or name in (_ITEM_DONE, _ERROR)
@@ -245,7 +279,8 @@ class ResponsesStream(Stream):
         """See `Stream`. Text that came without deltas is counted by its finished items."""
         if self.tally.deltas:
             return super().delivered()
-        return usage.estimate_output(0, sum(len(bytes(item)) for item in self._items))
+        finished = self._gathered.finished
+        return usage.estimate_output(0, sum(len(bytes(item)) for item in finished))
 
     def cut(self) -> ProxyError | None:
         """See `Stream`."""
@@ -258,6 +293,7 @@ class ResponsesStream(Stream):
         if isinstance(base, dict):
             response.update(base)
         response["model"] = self.asked.model if self.asked.renamed else response["model"]
+        response.update({name: Raw(value) for name, value in self.asked.own.items()})
         frames = b""
         sequence = self._next_sequence()
         if not self._events:
@@ -265,7 +301,7 @@ class ResponsesStream(Stream):
             sequence = 1
         response["status"] = "failed"
         response["error"] = error.response_error()
-        response["output"] = [_on_one_line(item) for item in self._items]
+        response["output"] = [on_one_line(item) for item in self._gathered.finished]
         self.over = True
         return frames + _event("response.failed", sequence, response)
 
@@ -288,53 +324,6 @@ def _message(event: dict[str, Raw]) -> str:
     return "The upstream reported an error."
 
 
-def _on_one_line(raw: bytes | Raw) -> Raw:
-    """A JSON value fit for one data line: its line ends can only stand between tokens."""
-    return Raw(bytes(raw).replace(b"\r", b" ").replace(b"\n", b" "))
-
-
 def _event(name: str, sequence: int, response: dict[str, Any]) -> bytes:
     data = {"type": name, "sequence_number": sequence, "response": response}
     return sse.event(msgspec.json.encode(data), name)
-
-
-def skeleton(asked: Asked, now: int) -> dict[str, Any]:
-    """A response object with every field of the specification, nothing produced yet."""
-    response: dict[str, Any] = {
-        "id": f"resp_{secrets.token_urlsafe(24)}",
-        "object": "response",
-        "created_at": now,
-        "completed_at": None,
-        "status": "in_progress",
-        "incomplete_details": None,
-        "model": asked.model,
-        "previous_response_id": None,
-        "instructions": None,
-        "output": [],
-        "error": None,
-        "tools": [],
-        "tool_choice": "auto",
-        "truncation": "disabled",
-        "parallel_tool_calls": True,
-        "text": {"format": {"type": "text"}},
-        "top_p": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "top_logprobs": 0,
-        "temperature": 1.0,
-        "reasoning": None,
-        "usage": None,
-        "max_output_tokens": None,
-        "max_tool_calls": None,
-        "store": True,
-        "background": False,
-        "service_tier": "default",
-        "metadata": {},
-        "safety_identifier": None,
-        "prompt_cache_key": None,
-    }
-    if asked.envelope is not None:
-        for name in _ECHO:
-            if (raw := asked.envelope.raw(name)) is not None:
-                response[name] = _on_one_line(raw)
-    return response

@@ -174,6 +174,27 @@ def response_not_found(response_id: str) -> ProxyError:
     return ProxyError(404, INVALID, None, f"Response with id '{shown(response_id)}' not found.")
 
 
+def previous_response_not_found(response_id: str) -> ProxyError:
+    """Unknown, another key's, expired, deleted, unfinished: indistinguishable on purpose."""
+    return ProxyError(
+        400,
+        INVALID,
+        "previous_response_not_found",
+        f"Previous response with id '{shown(response_id)}' not found.",
+        param="previous_response_id",
+    )
+
+
+def conversation_too_long(what: str, param: str = "previous_response_id") -> ProxyError:
+    """A conversation over `max_turns` or `max_replay`."""
+    return ProxyError(400, INVALID, "context_length_exceeded", what, param=param)
+
+
+def not_cancellable() -> ProxyError:
+    """A stored response is finished: those that go on in the background are not made here."""
+    return ProxyError(400, INVALID, None, "Cannot cancel a synchronous response.")
+
+
 def item_not_found() -> ProxyError:
     """An `item_reference` that is not this key's own."""
     return ProxyError(
@@ -290,6 +311,30 @@ def overloaded(what: str) -> ProxyError:
         headers=(("Retry-After", "1"),),
         outcome="rejected_overload",
         close=True,
+    )
+
+
+def store_unavailable() -> ProxyError:
+    """A store cannot be read or written; never told as "not found"."""
+    return ProxyError(
+        503,
+        SERVER,
+        "store_unavailable",
+        "The store of conversations is not available; try again later.",
+        headers=(("Retry-After", "1"),),
+        outcome="store_error",
+    )
+
+
+def no_room(what: str) -> ProxyError:
+    """A turn that does not fit into the store, however often it is tried."""
+    return ProxyError(
+        503,
+        SERVER,
+        "store_unavailable",
+        f"The turn cannot be kept: {what}; ask with 'store': false, or begin a new conversation.",
+        headers=(("Retry-After", "60"), ("x-should-retry", "false")),
+        outcome="store_error",
     )
 
 

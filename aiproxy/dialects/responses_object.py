@@ -1,0 +1,142 @@
+"""The response object (API reference, "The response object"): what of it is ours, what is kept.
+
+Of an upstream's object only the members that are ours change; every other byte is its own.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+from msgspec import Raw
+
+from aiproxy import jsontext
+from aiproxy.dialects import members_of, value_of
+
+if TYPE_CHECKING:
+    from aiproxy.dialects import Asked
+    from aiproxy.dialects.responses_output import Output
+
+# Fields of the request that the response object repeats.
+_ECHO = (
+    "previous_response_id", "instructions", "tools", "tool_choice", "truncation",
+    "parallel_tool_calls", "text", "top_p", "presence_penalty", "frequency_penalty",
+    "top_logprobs", "temperature", "reasoning", "max_output_tokens", "max_tool_calls", "store",
+    "service_tier", "metadata", "safety_identifier", "prompt_cache_key",
+)  # fmt: skip
+
+
+class Produced(NamedTuple):
+    """A whole answer as it is kept: the response object around its output.
+
+    Attributes:
+        id: of the response, as it says; None: it says none.
+        before, output, after: together the response object, as the client gets it; the output is
+            an array.
+    """
+
+    id: str | None
+    before: bytes
+    output: bytes
+    after: bytes
+
+
+def amended(response: bytes, members: dict[str, Raw], asked: Asked) -> bytes:
+    """The response object with what is ours in it."""
+    own = asked.own
+    if asked.renamed:
+        own = {**own, "model": msgspec.json.encode(asked.model)}
+    if not own:
+        return response
+    known = {name: bytes(members[name]) for name in own if name in members}
+    # `model` is restored where it is, and not added where a server leaves it out.
+    return jsontext.amend(response, known, own, add=asked.own)
+
+
+def with_response(data: bytes, theirs: bytes, ours: bytes) -> bytes:
+    """An event's data with another response object."""
+    if data.count(theirs) == 1:
+        return data.replace(theirs, ours)
+    return jsontext.replace(data, (), {"response": ours})
+
+
+def produced(response: bytes, gathered: Output | None = None) -> Produced:
+    """What is kept of an answer.
+
+    Args:
+        response: its object, as the client gets it.
+        gathered: what passed of its output before, for an object whose own is empty.
+    """
+    members = members_of(response) or {}
+    output = bytes(members.pop("output", b"[]"))
+    found = jsontext.span(response, "output", output)
+    if found is not None:
+        before, after = response[: found[0]], response[found[1] :]
+    else:  # it has none, or another member that looks like it
+        rest = msgspec.json.encode(members)
+        before, after = b'{"output":', b"," + rest[1:] if members else b"}"
+    array = output.strip()
+    if array[:1] != b"[" or not array[1:-1].strip():
+        items = [] if gathered is None else gathered.items()
+        array = b"".join((b"[", b",".join(items), b"]"))
+    response_id = value_of(members.get("id"))
+    return Produced(
+        response_id if isinstance(response_id, str) else None,
+        before,
+        array,
+        after,
+    )
+
+
+def only_ids(response_id: bytes, gathered: Output) -> Produced:
+    """Of an answer whose object is too large to be read: its id (as JSON), and its items."""
+    output = b"".join((b"[", b",".join(gathered.items()), b"]"))
+    return Produced(value_of(Raw(response_id)), b"", output, b"")
+
+
+def on_one_line(raw: bytes | Raw) -> Raw:
+    """A JSON value fit for one data line: its line ends can only stand between tokens."""
+    return Raw(bytes(raw).replace(b"\r", b" ").replace(b"\n", b" "))
+
+
+def skeleton(asked: Asked, now: int) -> dict[str, Any]:
+    """A response object with every field of the specification, nothing produced yet."""
+    response: dict[str, Any] = {
+        "id": f"resp_{secrets.token_urlsafe(24)}",
+        "object": "response",
+        "created_at": now,
+        "completed_at": None,
+        "status": "in_progress",
+        "incomplete_details": None,
+        "model": asked.model,
+        "previous_response_id": None,
+        "instructions": None,
+        "output": [],
+        "error": None,
+        "tools": [],
+        "tool_choice": "auto",
+        "truncation": "disabled",
+        "parallel_tool_calls": True,
+        "text": {"format": {"type": "text"}},
+        "top_p": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "top_logprobs": 0,
+        "temperature": 1.0,
+        "reasoning": None,
+        "usage": None,
+        "max_output_tokens": None,
+        "max_tool_calls": None,
+        "store": True,
+        "background": False,
+        "service_tier": "default",
+        "metadata": {},
+        "safety_identifier": None,
+        "prompt_cache_key": None,
+    }
+    if asked.envelope is not None:
+        for name in _ECHO:
+            if (raw := asked.envelope.raw(name)) is not None:
+                response[name] = on_one_line(raw)
+    return response

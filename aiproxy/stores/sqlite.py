@@ -1,0 +1,204 @@
+"""Conversations in an SQLite file: a restart and a crash keep them.
+
+One thread writes, a few read, and the event loop waits for none of them: who asks gets an answer,
+or an error within a bounded time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from aiproxy.sessions import Pins, Shares, StoreError
+from aiproxy.sessions.items import elements
+from aiproxy.stores.sqlite_book import Book, Bounds, Reader
+from aiproxy.stores.sqlite_file import SessionFile
+from aiproxy.stores.sqlite_writer import Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from aiproxy.sessions import Content, Delta, Found, Head, Loaded, Turn
+
+T = TypeVar("T")
+
+PATIENCE = 3.0  # seconds for the file: as long may others lock it
+READERS = 2  # threads
+CLOSING = 10.0  # seconds at most for what waits to be written at the end
+
+
+class SqliteSessions:
+    """See `SessionStore`.
+
+    Args:
+        path: of the file.
+        patience: seconds that an operation may take.
+        read: a clock that a restart does not set back: seconds since the epoch.
+    """
+
+    name = "sqlite"
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        patience: float = PATIENCE,
+        read: Callable[[], float] = time.time,
+    ) -> None:
+        self._patience = patience
+        self._read_clock = read
+        self._file = SessionFile(path, patience=patience)
+        self._bounds = Bounds(0.0, 0)
+        self.pins = Pins()
+        self._connection: sqlite3.Connection
+        self._book: Book | None = None
+        self._writer: Writer
+        self._pool = ThreadPoolExecutor(READERS, "sessions-read")
+        self._reader = threading.local()
+        self._readers: list[sqlite3.Connection] = []
+        self._tending: asyncio.Future[object] | None = None
+        self._tell_outcome: Callable[[str, BaseException | None], None] | None = None
+
+    @property
+    def shares(self) -> Shares:
+        """See `SessionStore`."""
+        return Shares() if self._book is None else self._book.shares
+
+    def open(self) -> None:
+        """See `SessionStore`."""
+        self._connection = connection = self._file.open()
+        try:
+            book = Book(
+                connection,
+                self._bounds,
+                self.pins,
+                patience=self._patience,
+                read=self._read_clock,
+            )
+        except sqlite3.Error as error:
+            connection.close()
+            raise self._file.refused(error) from None
+        self._book, self._writer = book, Writer(book)
+
+    def configure(self, *, ttl: float, max_bytes: int) -> None:
+        """See `SessionStore`."""
+        self._bounds = Bounds(ttl, max_bytes)
+        if self._book is not None:
+            self._book.bounds = self._bounds
+
+    def watch(self, told: Callable[[str, BaseException | None], None]) -> None:
+        """See `SessionStore`."""
+        self._tell_outcome = told
+
+    async def load(self, owner: str, response_id: str) -> Loaded:
+        """See `SessionStore`."""
+        return await self._read(Reader.load, owner, response_id, self._bounds.ttl)
+
+    async def find(self, owner: str, item_ids: Sequence[str]) -> dict[str, Found]:
+        """See `SessionStore`."""
+        return await self._read(Reader.find, owner, item_ids, self._bounds.ttl)
+
+    async def path(self, head: Head) -> list[Delta] | None:
+        """See `SessionStore`."""
+        path = await self._read(Reader.path, head)
+        if path is not None:
+            self._renew([head.root])
+        return path
+
+    async def content(self, head: Head) -> Content | None:
+        """See `SessionStore`."""
+        return await self._read(Reader.content, head)
+
+    async def items(self, owner: str, found: Sequence[Found]) -> list[bytes] | None:
+        """See `SessionStore`."""
+        del owner  # a row's key is found by its owner alone
+        arrays = await self._read(Reader.arrays, {each.turn for each in found})
+        if any(each.turn not in arrays for each in found):
+            return None
+        self._renew(list({each.root for each in found}))
+        cut: dict[tuple[int, bool], list[bytes]] = {}
+        items = []
+        for each in found:
+            place = each.turn, each.output
+            if place not in cut:
+                cut[place] = elements(arrays[each.turn][each.output])
+            items.append(cut[place][each.position])
+        return items
+
+    async def put(self, turn: Turn) -> None:
+        """See `SessionStore`."""
+        await self._writer.do(lambda book: book.put(turn), self._patience)
+
+    async def delete(self, head: Head) -> bool:
+        """See `SessionStore`."""
+        return await self._writer.do(lambda book: book.delete(head), self._patience)
+
+    async def check(self) -> None:
+        """See `SessionStore`."""
+        await self._writer.do(Book.check, self._patience)
+
+    def tend(self, *, prove: bool = False) -> None:
+        """See `SessionStore`."""
+        if self._tending is not None and not self._tending.done():
+            return
+        if prove:
+            self._tell("check", Book.check)
+        self._tending = self._tell("tend", Book.tend)
+
+    def _renew(self, roots: Sequence[int]) -> None:
+        self._tell("renew", lambda book: book.renew(roots))
+
+    def _tell(self, operation: str, work: Callable[[Book], object]) -> asyncio.Future[object]:
+        future = self._writer.tell(work)
+        future.add_done_callback(partial(self._told, operation))
+        return future
+
+    def _told(self, operation: str, future: asyncio.Future[object]) -> None:
+        if not future.cancelled() and self._tell_outcome is not None:
+            self._tell_outcome(operation, future.exception())
+
+    async def _read(self, work: Callable[..., T], *args: object) -> T:
+        """Read in a thread.
+
+        Raises:
+            StoreError: it cannot be read, or not in time.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._patience):
+                return await loop.run_in_executor(self._pool, self._with_reader, work, args)
+        except TimeoutError:
+            raise StoreError(f"it did not answer within {self._patience:g} s") from None
+
+    def _with_reader(self, work: Callable[..., T], args: tuple[object, ...]) -> T:
+        try:
+            reader = getattr(self._reader, "reader", None)
+            if reader is None:
+                connection = self._file.connect()
+                self._readers.append(connection)
+                reader = self._reader.reader = Reader(connection, self.pins, self._read_clock)
+            return work(reader, *args)
+        except sqlite3.Error as error:
+            raise StoreError(str(error)) from None
+
+    async def close(self) -> None:
+        """See `SessionStore`."""
+        await asyncio.get_running_loop().run_in_executor(None, self._close)
+
+    def _close(self) -> None:
+        if self._book is None:
+            return
+        self._book = None
+        # A disk that hangs must not keep the process: what was promised is durable already.
+        if self._writer.close(CLOSING):
+            self._pool.shutdown()
+            for connection in self._readers:
+                connection.close()
+            self._connection.close()  # the last one: writes the log into the file, and removes it
+            self._file.release()

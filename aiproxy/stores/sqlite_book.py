@@ -1,0 +1,385 @@
+"""Turns in SQLite: what is done within a transaction, in the thread that writes, and the reads."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from aiproxy.sessions import Content, Delta, Found, Head, Loaded, NoRoomError, Pins, Shares
+from aiproxy.stores.sqlite_file import VERSION
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Callable, Iterable, Sequence
+
+    from aiproxy.sessions import Removal, Turn
+
+READING = 100  # milliseconds that readers of the file are waited for
+STEP = 64  # turns that are removed in one transaction
+FIRST = -1.0  # `used` of a conversation that is being removed: before all others
+_GONE: tuple[Removal, ...] = ("deleted", "ttl", "size")  # by the value of `gone`; 0: it is not
+
+_HEAD = """
+SELECT t.response, t.id, t.root, t.parent, t.owner, t.depth, t.path_size, t.tokens, t.created,
+    t.model, t.upstream, t.held, t.whole, c.used, c.gone
+FROM turns t JOIN conversations c ON c.id = t.root WHERE t.response = ?
+"""
+_FIND = """
+SELECT i.item, i.turn, t.root, i.output, i.position, i.size, i.weight, t.upstream, t.held,
+    c.used, c.gone
+FROM items i JOIN turns t ON t.id = i.turn JOIN conversations c ON c.id = t.root
+WHERE i.owner = ? AND i.item = ? ORDER BY i.turn DESC
+"""
+_PATH = """
+WITH RECURSIVE path (id) AS (
+    VALUES (?) UNION ALL
+    SELECT t.parent FROM path JOIN turns t ON t.id = path.id WHERE t.parent IS NOT NULL
+)
+SELECT t.depth, t.upstream, t.input, t.output, t.reasons FROM path JOIN turns t ON t.id = path.id
+"""
+_INSERT = """
+INSERT INTO turns VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+_USE = """
+INSERT INTO conversations VALUES (?, ?, ?, ?, 1, 0) ON CONFLICT (id) DO UPDATE SET
+    used = max(used, excluded.used), size = size + excluded.size, turns = turns + 1
+"""
+_INSERT_ITEM = "INSERT OR IGNORE INTO items VALUES (?, ?, ?, ?, ?, ?, ?)"
+
+
+class Bounds(NamedTuple):
+    """What is kept, and how long."""
+
+    ttl: float  # seconds; 0: for ever
+    max_bytes: int
+
+
+class Book:
+    """All that changes the file; for one thread. Every change is between `begin` and `commit`.
+
+    Attributes:
+        shares: what the file holds; others may read it.
+        bounds: may be replaced at any time.
+        more: the last `tend` left something to do.
+        deleted: content was deleted whose traces are still in the write-ahead log.
+    """
+
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        bounds: Bounds,
+        pins: Pins,
+        *,
+        patience: float,
+        read: Callable[[], float] = time.time,
+    ) -> None:
+        self._connection = connection
+        self._execute = connection.execute
+        self._read = read
+        self.bounds = bounds
+        self._pins = pins
+        self._patience = patience
+        self._emptied: set[int] = set()  # conversations in use without a turn
+        self.shares = Shares()
+        self.more = False
+        self.deleted = False
+        self._before: Shares | None = None
+        self._last_key = 0
+        self._stale = False  # something was removed whose traces are still in the log
+        self._load()
+
+    def _load(self) -> None:
+        self._execute("DELETE FROM conversations WHERE turns <= 0")
+        for owner, size, turns in self._execute(
+            "SELECT owner, sum(size), sum(turns) FROM conversations GROUP BY owner"
+        ):
+            self.shares.add(owner, size, turns)
+        self._last_key = self._execute(
+            "SELECT max(coalesce((SELECT max(id) FROM turns), 0),"
+            " coalesce((SELECT max(id) FROM conversations), 0))"
+        ).fetchone()[0]
+
+    # -- transactions
+
+    def begin(self) -> None:
+        """Begin a transaction; waits for others that have the file locked."""
+        self._execute("BEGIN IMMEDIATE")
+        self._before = self.shares.copy()
+
+    def commit(self) -> None:
+        """Make durable what was done."""
+        self._execute("COMMIT")
+        self._before = None
+
+    def rollback(self) -> None:
+        """Undo what was done."""
+        if self._connection.in_transaction:
+            self._execute("ROLLBACK")
+        if self._before is not None:
+            self.shares, self._before = self._before, None
+
+    def truncate(self) -> None:
+        """Take what was deleted out of the write-ahead log, too.
+
+        Whoever reads the file, for a backup say, is not waited for long: it is tried again by
+        `tend`.
+        """
+        self.deleted, self._stale = False, True
+        self._execute(f"PRAGMA busy_timeout = {READING}")
+        try:
+            busy, _, _ = self._execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._stale = bool(busy)
+        finally:
+            self._execute(f"PRAGMA busy_timeout = {int(self._patience * 1000)}")
+
+    # -- changes
+
+    def put(self, turn: Turn) -> None:
+        """See `SessionStore`."""
+        owner, parent = turn.owner, turn.parent
+        self._last_key += 1
+        key = self._last_key
+        root = key if parent is None else parent.root
+        now = self._read()
+        self._check_room(turn)
+        if not turn.held:
+            self._replace(turn.id, owner)
+        whole = parent is None or self._is_whole(parent)
+        self._execute(_USE, (root, owner, now, turn.size))
+        content = turn.content
+        self._execute(_INSERT, (
+            key, turn.id, owner, root, None if parent is None else parent.key, turn.depth,
+            turn.path_size, turn.tokens, turn.created, turn.model, turn.upstream, turn.held,
+            turn.reasons, whole, turn.size, content.input, content.output, content.before,
+            content.after,
+        ))  # fmt: skip
+        for item in turn.items:
+            self._execute(_INSERT_ITEM, (
+                owner, item.id, key, item.output, item.position, item.size, item.weight,
+            ))  # fmt: skip
+        self.shares.add(owner, turn.size)
+        if self.shares.size > self.bounds.max_bytes:
+            self.more = True
+
+    def _is_whole(self, parent: Head) -> bool:
+        """Whether all turns before a new one are there."""
+        row = self._execute("SELECT whole FROM turns WHERE id = ?", (parent.key,)).fetchone()
+        return row is not None and bool(row[0])
+
+    def _check_room(self, turn: Turn) -> None:
+        """Refuse a turn that cannot stay. Changes nothing."""
+        size = turn.size
+        if turn.parent is not None:
+            row = self._execute(
+                "SELECT size FROM conversations WHERE id = ? AND gone = 0", (turn.parent.root,)
+            ).fetchone()
+            if row is None:
+                raise NoRoomError("its conversation had to give way")
+            size += row[0]
+        shares, bound = self.shares, self.bounds.max_bytes
+        if shares.size + turn.size > bound and not shares.fits(turn.owner, size, bound):
+            raise NoRoomError("the conversation does not fit in sessions.max_bytes")
+
+    def _replace(self, response: str, owner: str) -> None:
+        """Remove a turn that an upstream gave the same id."""
+        row = self._execute(
+            "SELECT id, root, size FROM turns WHERE response = ? AND owner = ?", (response, owner)
+        ).fetchone()
+        if row is not None:
+            key, root, size = row
+            self._break(root, key)
+            self._remove(owner, root, [(key, size)], None)
+
+    def renew(self, roots: Sequence[int]) -> None:
+        """Conversations were continued."""
+        now = self._read()
+        for root in roots:
+            self._execute(
+                "UPDATE conversations SET used = max(used, ?) WHERE id = ? AND gone = 0",
+                (now, root),
+            )
+
+    def delete(self, head: Head) -> bool:
+        """See `SessionStore`."""
+        row = self._execute("SELECT root, size FROM turns WHERE id = ?", (head.key,)).fetchone()
+        if row is None:
+            return False
+        root, size = row
+        self._break(root, head.key)
+        self._remove(head.owner, root, [(head.key, size)], "deleted")
+        self.deleted = True
+        return True
+
+    def _break(self, root: int, key: int) -> None:
+        """Mark the turns that go on from one that is removed."""
+        children: dict[int, list[int]] = {}
+        for child, parent in self._execute("SELECT id, parent FROM turns WHERE root = ?", (root,)):
+            children.setdefault(parent, []).append(child)
+        lost, reached = [], [key]
+        while reached:
+            reached = [child for parent in reached for child in children.get(parent, ())]
+            lost += reached
+        self._connection.executemany(
+            "UPDATE turns SET whole = 0 WHERE id = ?", [(each,) for each in lost]
+        )
+
+    def _remove(
+        self, owner: str, root: int, turns: list[tuple[int, int]], reason: Removal | None
+    ) -> None:
+        keys = [(key,) for key, _ in turns]
+        size = sum(size for _, size in turns)
+        self._connection.executemany("DELETE FROM items WHERE turn = ?", keys)
+        self._connection.executemany("DELETE FROM turns WHERE id = ?", keys)
+        self._execute(
+            "UPDATE conversations SET size = size - ?, turns = turns - ? WHERE id = ?",
+            (size, len(turns), root),
+        )
+        if root in self._pins and reason not in ("ttl", "size"):
+            self._emptied.add(root)  # or will be
+        else:
+            self._execute("DELETE FROM conversations WHERE id = ? AND turns <= 0", (root,))
+        self.shares.remove(owner, size, reason, len(turns))
+        self._stale = True
+
+    def check(self) -> None:
+        """Write something, to see that it can be done."""
+        self._execute(f"PRAGMA user_version = {VERSION}")
+
+    # -- what is due
+
+    def tend(self, most: int = STEP) -> None:
+        """Remove what has expired or must give way, `most` turns of it at a time.
+
+        `more` says whether there may be more to do at once.
+        """
+        self.more = False
+        for root in [root for root in self._emptied if root not in self._pins]:
+            self._execute("DELETE FROM conversations WHERE id = ? AND turns <= 0", (root,))
+            self._emptied.discard(root)
+        while most > 0:
+            found = self._due()
+            if found is None:
+                # What was removed is out of the way: its traces can go, too.
+                self.deleted = self.deleted or self._stale
+                return
+            most -= self._shrink(*found, most)
+        self.more = True
+
+    def _due(self) -> tuple[int, str, Removal] | None:
+        """The conversation to remove next: its root, its owner, and why."""
+        shares, bounds = self.shares, self.bounds
+        for owner in shares.by_owner:
+            row = self._oldest(owner)
+            if row is None:
+                continue
+            root, used, gone = row
+            if gone:
+                return root, owner, _GONE[gone]
+            expired = bounds.ttl and used + bounds.ttl <= self._read()
+            if expired and root not in self._pins:
+                return root, owner, "ttl"
+        if shares.size > bounds.max_bytes:
+            owner = shares.largest() or ""
+            row = self._oldest(owner)
+            if row is not None:
+                return row[0], owner, "size"
+        return None
+
+    def _oldest(self, owner: str) -> tuple[int, float, int] | None:
+        """The least recently used conversation; those in use come after all others."""
+        first = None
+        rows: Iterable[tuple[int, float, int]] = self._execute(
+            "SELECT id, used, gone FROM conversations WHERE owner = ? ORDER BY used", (owner,)
+        )
+        for row in rows:
+            first = first or row
+            if row[2] or row[0] not in self._pins:
+                return row
+        return first
+
+    def _shrink(self, root: int, owner: str, reason: Removal, most: int) -> int:
+        """Remove some turns of a conversation; how many."""
+        turns = self._execute(
+            "SELECT id, size FROM turns WHERE root = ? LIMIT ?", (root, most)
+        ).fetchall()
+        if len(turns) == most:  # from now on nobody finds the rest of it
+            self._execute(
+                "UPDATE conversations SET gone = ?, used = ? WHERE id = ?",
+                (_GONE.index(reason), FIRST, root),
+            )
+        self._remove(owner, root, turns, reason)
+        if not turns:
+            self._execute("DELETE FROM conversations WHERE id = ?", (root,))
+        return max(1, len(turns))
+
+
+# -- reads, in threads of their own: each sees what was committed when it began
+
+
+class Reader:
+    """Reads the file; for one thread at a time."""
+
+    def __init__(
+        self, connection: sqlite3.Connection, pins: Pins, read: Callable[[], float]
+    ) -> None:
+        self._execute = connection.execute
+        self._pins = pins
+        self._read = read
+        connection.execute("PRAGMA query_only = ON")
+
+    def _expired(self, root: int, used: float, gone: int, ttl: float) -> bool:
+        if gone or not ttl or root in self._pins:
+            return bool(gone)
+        return used + ttl <= self._read()
+
+    def load(self, owner: str, response_id: str, ttl: float) -> Loaded:
+        """See `SessionStore`."""
+        rows = self._execute(_HEAD, (response_id,)).fetchall()
+        if not rows:
+            return Loaded("missing")
+        for *row, used, gone in rows:
+            head = Head(*row)
+            if head.owner == owner:
+                if self._expired(head.root, used, gone, ttl):
+                    return Loaded("expired")
+                return Loaded("hit", replace(head, held=bool(head.held), whole=bool(head.whole)))
+        return Loaded("foreign")
+
+    def find(self, owner: str, item_ids: Iterable[str], ttl: float) -> dict[str, Found]:
+        """See `SessionStore`."""
+        found = {}
+        for item_id in item_ids:
+            for *row, used, gone in self._execute(_FIND, (owner, item_id)):
+                each = Found(*row)
+                if not self._expired(each.root, used, gone, ttl):
+                    found[item_id] = each._replace(output=bool(each.output), held=bool(each.held))
+                    break
+        return found
+
+    def path(self, head: Head) -> list[Delta] | None:
+        """See `SessionStore`."""
+        rows = self._execute(_PATH, (head.key,)).fetchall()
+        if len(rows) != head.depth:
+            return None
+        rows.sort(key=lambda row: row[0])
+        return [
+            Delta(upstream, given, made, bool(reasons))
+            for _, upstream, given, made, reasons in rows
+        ]
+
+    def content(self, head: Head) -> Content | None:
+        """See `SessionStore`."""
+        row = self._execute(
+            "SELECT input, output, before, after FROM turns WHERE id = ?", (head.key,)
+        ).fetchone()
+        return None if row is None else Content(*row)
+
+    def arrays(self, turns: Iterable[int]) -> dict[int, tuple[bytes, bytes]]:
+        """Input and output of some turns; those that are gone are missing."""
+        found = {}
+        for turn in turns:
+            row = self._execute("SELECT input, output FROM turns WHERE id = ?", (turn,)).fetchone()
+            if row is not None:
+                found[turn] = row
+        return found

@@ -1,0 +1,311 @@
+"""The SQLite file of conversations when others read it, when it is damaged, when it is large."""
+
+import asyncio
+import fcntl
+import os
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from aiproxy.sessions import Content, NoRoomError, Pins, StoreError
+from aiproxy.stores import sqlite_file
+from aiproxy.stores.sqlite_book import Book, Bounds
+from aiproxy.stores.sqlite_file import SessionFile
+from turns import (
+    ALICE,
+    BOB,
+    PLENTY,
+    TTL,
+    Clock,
+    World,
+    bare,
+    bytes_read,
+    database,
+    files_of,
+    opened,
+    sqlite_store,
+    turn,
+)
+
+PAGE = 4096
+LARGE = 32 * 1024 * 1024
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Say where the file is."""
+    return tmp_path / "sessions.db"
+
+
+@pytest.fixture
+def filled(file: Path) -> Path:
+    """Make a file with many turns, that nobody has open."""
+    store = sqlite_store(file, Clock())
+
+    async def fill() -> None:
+        for number in range(60):
+            await store.put(turn(f"t{number}", ids=[f"i{number}"], size=9000))
+        await store.close()
+
+    asyncio.run(fill())
+    return file
+
+
+def root_page(file: Path, name: str) -> int:
+    """Return the number of the first page of a table or an index."""
+    with database(file) as other:
+        query = "SELECT rootpage FROM sqlite_schema WHERE name = ?"
+        return int(other.execute(query, (name,)).fetchone()[0])
+
+
+def overwrite(file: Path, page: int) -> None:
+    """Write garbage over a page."""
+    with file.open("r+b") as raw:
+        raw.seek((page - 1) * PAGE)
+        raw.write(b"\xa5garbage" * (PAGE // 8))
+
+
+def refused(file: Path) -> str:
+    """Open a file that is refused, and return why; it is as it was, and nobody has it locked."""
+    before = files_of(file)
+    with pytest.raises(StoreError) as caught:
+        sqlite_store(file, Clock())
+    left = {name: data for name, data in files_of(file).items() if not name.endswith("-lock")}
+    assert left == {name: data for name, data in before.items() if not name.endswith("-lock")}
+    with Path(f"{file}-lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    reason = str(caught.value)
+    assert reason.startswith(f"{file}: ")
+    return reason.removeprefix(f"{file}: ")
+
+
+def reopens(file: Path) -> None:
+    """Check that a file is accepted."""
+    store = sqlite_store(file, Clock())
+    asyncio.run(store.put(turn("new")))
+    asyncio.run(store.close())
+
+
+# Refused
+
+
+@pytest.mark.parametrize("set_to", [0, 1, 0x7FFFFFFF])
+def test_a_database_of_something_else_is_refused(filled: Path, set_to: int) -> None:
+    """Another application id is no file of ours, whatever else is in it; with ours it is."""
+    with database(filled) as other:
+        other.execute(f"PRAGMA application_id = {set_to}")
+    assert refused(filled) == "this is a database of something else"
+    with database(filled) as other:
+        other.execute(f"PRAGMA application_id = {sqlite_file.APPLICATION_ID}")
+    reopens(filled)
+
+
+def test_a_database_without_any_mark_is_refused(file: Path) -> None:
+    """A file with a table in it is somebody's, and is not taken over; an empty one is made ours."""
+    with database(file) as other:
+        other.execute("CREATE TABLE theirs (x)")
+    assert refused(file) == "this is a database of something else"
+    with database(file) as other:
+        other.execute("DROP TABLE theirs")
+    reopens(file)
+
+
+def test_a_newer_file_is_refused(filled: Path) -> None:
+    """What a newer version wrote is left to it, and the message says both formats."""
+    version = sqlite_file.VERSION
+    with database(filled) as other:
+        other.execute(f"PRAGMA user_version = {version + 1}")
+    reason = refused(filled)
+    assert reason.startswith("a newer version of aiproxy has written it")
+    assert f"its format is {version + 1}, and this one knows {version}" in reason
+    with database(filled) as other:
+        other.execute(f"PRAGMA user_version = {version}")
+    reopens(filled)
+
+
+@pytest.mark.parametrize("which", ["middle", "turns", "conversations", "items", "schema", "cut"])
+def test_a_damaged_file_is_refused(filled: Path, which: str) -> None:
+    """Garbage over a page anywhere, or an end that is missing, is found and said at the start."""
+    good = filled.read_bytes()
+    if which == "cut":
+        os.truncate(filled, len(good) // PAGE // 2 * PAGE)
+    elif which == "schema":
+        overwrite(filled, 1)
+    elif which == "middle":
+        overwrite(filled, len(good) // PAGE // 2)
+    else:
+        overwrite(filled, root_page(filled, which))
+    reason = refused(filled)
+    assert "damaged" in reason
+    filled.write_bytes(good)
+    reopens(filled)
+
+
+@pytest.mark.parametrize("table", ["conversations", "turns_by_response"])
+def test_damage_that_is_found_later_is_told_too(
+    filled: Path, monkeypatch: pytest.MonkeyPatch, table: str
+) -> None:
+    """A file that is too large to be checked ends in a StoreError as well, wherever it is read."""
+    monkeypatch.setattr(sqlite_file, "CHECK", -1.0)
+    monkeypatch.setattr(sqlite_file, "_INSTRUCTIONS", 1)
+    overwrite(filled, root_page(filled, table))
+    if table == "conversations":
+        assert "damaged" in refused(filled)
+        return
+
+    async def use() -> None:
+        async with opened(filled) as store:
+            with pytest.raises(StoreError, match="malformed"):
+                await store.load(ALICE, "t0")
+            with pytest.raises(StoreError, match="malformed"):
+                await store.put(turn("new"))
+
+    asyncio.run(use())
+
+
+# Others that read the file, as a backup does
+
+
+async def test_a_reader_elsewhere_keeps_no_turn_from_being_put(file: Path) -> None:
+    """A backup may read for long: turns are put meanwhile, also after one has been removed."""
+    async with opened(file, patience=0.3) as store:
+        here = World(store, Clock())
+        head = await here.put("a")
+        with database(file) as other:
+            other.execute("BEGIN")
+            other.execute("SELECT count(*) FROM turns").fetchone()
+            await here.put("b")
+            await asyncio.gather(store.delete(head), return_exceptions=True)
+            await here.put("c")
+            await here.put("d")
+            other.execute("COMMIT")
+        await here.put("e")
+        assert await here.results("a", "b", "c", "d", "e") == ["missing", *["hit"] * 4]
+
+
+async def test_a_log_that_cannot_be_emptied_fails_nobody(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is committed is kept: who put it is not told that it failed, for a disk full since."""
+    async with opened(file) as store:
+        here = World(store, Clock())
+        head = await here.put("a")
+
+        def full(book: Book) -> None:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Book, "truncate", full)
+            _, *outcomes = await asyncio.gather(
+                store.delete(head), store.put(turn("b")), store.put(turn("c")),
+                return_exceptions=True,
+            )  # fmt: skip
+        assert await here.results("a", "b", "c") == ["missing", "hit", "hit"]
+        assert outcomes == [None, None]
+        assert store.shares.turns == 2
+
+
+# One transaction of many
+
+
+async def test_who_does_not_fit_fails_alone(file: Path) -> None:
+    """Of turns that are written together those that fit are kept, and the others refused."""
+    async with opened(file) as store:
+        store.configure(ttl=0, max_bytes=10_000)
+        turns = [turn(f"t{n}", size=20_000 if n % 3 == 0 else 600) for n in range(12)]
+        outcomes = await asyncio.gather(*map(store.put, turns), return_exceptions=True)
+        refusals = [isinstance(outcome, NoRoomError) for outcome in outcomes]
+        assert refusals == [n % 3 == 0 for n in range(12)]
+        results = [(await store.load(ALICE, f"t{n}")).result for n in range(12)]
+        assert results == ["missing" if n % 3 == 0 else "hit" for n in range(12)]
+        assert (store.shares.size, store.shares.turns) == (8 * 600, 8)
+
+
+def changing(book: Book, work: Callable[[], object]) -> None:
+    """Do something in a transaction."""
+    book.begin()
+    work()
+    book.commit()
+
+
+def test_a_removal_goes_on_after_a_restart(file: Path) -> None:
+    """What of a conversation is not removed yet is found by nobody, and is removed for its reason.
+
+    The order in which others go is not changed by it.
+    """
+    clock, kept = Clock(), SessionFile(file, patience=1)
+    connection = kept.open()
+    book = Book(connection, Bounds(TTL, PLENTY), Pins(), patience=1, read=clock)
+    root = turn("t0")
+    changing(book, lambda: book.put(root))
+    for number in range(1, 200):
+        made = bare(f"t{number}", ALICE, None, 600)
+        changing(book, lambda made=made: book.put(made))  # type: ignore[misc]
+    connection.execute("UPDATE turns SET root = 1")
+    connection.execute("DELETE FROM conversations WHERE id <> 1")
+    size = root.size + 199 * 600
+    connection.execute("UPDATE conversations SET turns = 200, size = ?", (size,))
+    clock.now += TTL + 1
+    changing(book, lambda: book.put(turn("live", BOB)))
+    changing(book, lambda: book.tend(50))
+    assert book.more
+    assert book.shares.turns == 151
+    connection.close()
+    kept.release()
+
+    async def goes_on() -> None:
+        async with opened(file, clock) as store:
+            store.configure(ttl=0, max_bytes=PLENTY)
+            assert store.shares.turns == 151
+            results = {(await store.load(ALICE, f"t{n}")).result for n in range(200)}
+            assert results == {"missing", "expired"}
+            store.tend()
+            while store.shares.turns > 1:
+                await store.check()
+            results = {(await store.load(ALICE, f"t{n}")).result for n in range(200)}
+            assert results == {"missing"}
+            assert store.shares.removed == {"ttl": 150, "size": 0, "deleted": 0}
+            assert (await store.load(BOB, "live")).result == "hit"
+
+    asyncio.run(goes_on())
+
+
+async def test_a_conversation_emptied_while_in_use_leaves_nothing(file: Path) -> None:
+    """When its last turn was deleted and no other came, it counts no more, also when reopened."""
+    async with opened(file) as store:
+        here = World(store, Clock())
+        head = await here.put("a")
+        await here.put("b", BOB)
+        store.pins.add(head.root)
+        assert await store.delete(head)
+        store.pins.remove(head.root)
+        await here.tend()
+        rows = store._connection.execute("SELECT owner FROM conversations").fetchall()
+        assert rows == [(BOB,)]
+    async with opened(file) as store:
+        assert list(store.shares.by_owner) == [BOB]
+
+
+# Large content
+
+
+async def test_a_large_turn_is_judged_by_its_row(file: Path) -> None:
+    """A look at a turn of 32 MiB, or at what goes on from it, reads a few pages of the file."""
+    async with opened(file, patience=10) as store:
+        here = World(store, Clock())
+        content = Content(b'["%b"]' % (b"x" * LARGE), b'["%b"]' % (b"y" * 1000), b"{", b"}")
+        head = await here.put("a", content=content, ids=["i"])
+        child = await here.put("b", parent=head)
+        assert store.shares.size > LARGE
+    async with opened(file, patience=10) as store:
+        await store.load(ALICE, "none")
+        before = bytes_read()
+        loaded = [await store.load(ALICE, name) for name in ("a", "b")]
+        await store.load(BOB, "a")
+        await store.find(ALICE, ["i"])
+        assert bytes_read() - before < 64 * PAGE
+        assert [each.head for each in loaded] == [head, child]
+        assert head.size > LARGE
+        assert await store.content(head) == content
