@@ -1,4 +1,4 @@
-"""The SQLite file of conversations when others read it, when it is damaged, when it is large."""
+"""Conversations in use, and the SQLite file when others read it, when it is damaged or large."""
 
 import asyncio
 import fcntl
@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from aiproxy.sessions import Content, NoRoomError, Pins, StoreError
+from aiproxy.sessions import ITEM, REMOVALS, ROW, Content, NoRoomError, Pins, Removal, StoreError
 from aiproxy.stores import sqlite_file
-from aiproxy.stores.sqlite_book import Book, Bounds
+from aiproxy.stores.sqlite_book import Book, Bounds, Reader
 from aiproxy.stores.sqlite_file import SessionFile
 from turns import (
     ALICE,
     BOB,
+    KINDS,
     PLENTY,
     TTL,
     Clock,
@@ -27,6 +28,7 @@ from turns import (
     opened,
     sqlite_store,
     turn,
+    world,
 )
 
 PAGE = 4096
@@ -169,7 +171,7 @@ def test_damage_that_is_found_later_is_told_too(
 
 
 async def test_a_reader_elsewhere_keeps_no_turn_from_being_put(file: Path) -> None:
-    """A backup may read for long: turns are put meanwhile, also after one has been removed."""
+    """A backup may read for long: turns are put meanwhile; what was deleted goes after it."""
     async with opened(file, patience=0.3) as store:
         here = World(store, Clock())
         head = await here.put("a")
@@ -178,11 +180,11 @@ async def test_a_reader_elsewhere_keeps_no_turn_from_being_put(file: Path) -> No
             other.execute("SELECT count(*) FROM turns").fetchone()
             await here.put("b")
             await asyncio.gather(store.delete(head), return_exceptions=True)
-            await here.put("c")
-            await here.put("d")
-            other.execute("COMMIT")
-        await here.put("e")
-        assert await here.results("a", "b", "c", "d", "e") == ["missing", *["hit"] * 4]
+            await here.chain("c", "d")
+            assert b"a of alice asks" in b"".join(files_of(file).values())
+        assert await here.results("a", "b", "c", "d") == ["missing", *["hit"] * 3]
+        await here.tend(times=2)
+        assert b"a of alice asks" not in b"".join(files_of(file).values())
 
 
 async def test_a_log_that_cannot_be_emptied_fails_nobody(
@@ -230,46 +232,131 @@ def changing(book: Book, work: Callable[[], object]) -> None:
     book.commit()
 
 
-def test_a_removal_goes_on_after_a_restart(file: Path) -> None:
+@pytest.mark.parametrize("reason", ["ttl", "size"])
+def test_a_removal_goes_on_after_a_restart(file: Path, reason: Removal) -> None:
     """What of a conversation is not removed yet is found by nobody, and is removed for its reason.
 
-    The order in which others go is not changed by it.
+    It is the first to go on with, whatever comes or is used meanwhile.
     """
     clock, kept = Clock(), SessionFile(file, patience=1)
     connection = kept.open()
     book = Book(connection, Bounds(TTL, PLENTY), Pins(), patience=1, read=clock)
-    root = turn("t0")
-    changing(book, lambda: book.put(root))
-    for number in range(1, 200):
+    for number in range(200):
         made = bare(f"t{number}", ALICE, None, 600)
         changing(book, lambda made=made: book.put(made))  # type: ignore[misc]
     connection.execute("UPDATE turns SET root = 1")
     connection.execute("DELETE FROM conversations WHERE id <> 1")
-    size = root.size + 199 * 600
-    connection.execute("UPDATE conversations SET turns = 200, size = ?", (size,))
-    clock.now += TTL + 1
-    changing(book, lambda: book.put(turn("live", BOB)))
+    connection.execute("UPDATE conversations SET turns = 200, size = 200 * 600")
+    head = Reader(connection, Pins(), clock).load(ALICE, "t199", 0).head
+    connection.execute("PRAGMA query_only = OFF")
+    if reason == "ttl":
+        clock.now += TTL + 1
+    else:
+        book.bounds = Bounds(0, 1000)
     changing(book, lambda: book.tend(50))
-    assert book.more
-    assert book.shares.turns == 151
+    assert (book.more, book.shares.turns) == (True, 150)
+    book.bounds = Bounds(0, PLENTY)
+    changing(book, lambda: book.put(turn("live")))
+    clock.now += 1
+    changing(book, lambda: book.renew([1]))
+    book.begin()
+    with pytest.raises(NoRoomError):
+        book.put(turn("late", parent=head))
+    book.rollback()
     connection.close()
     kept.release()
 
     async def goes_on() -> None:
         async with opened(file, clock) as store:
-            store.configure(ttl=0, max_bytes=PLENTY)
             assert store.shares.turns == 151
             results = {(await store.load(ALICE, f"t{n}")).result for n in range(200)}
             assert results == {"missing", "expired"}
             store.tend()
-            while store.shares.turns > 1:
+            for _ in range(10):
                 await store.check()
             results = {(await store.load(ALICE, f"t{n}")).result for n in range(200)}
             assert results == {"missing"}
-            assert store.shares.removed == {"ttl": 150, "size": 0, "deleted": 0}
-            assert (await store.load(BOB, "live")).result == "hit"
+            assert store.shares.removed == {"ttl": 0, "size": 0, "deleted": 0} | {reason: 150}
+            assert (await store.load(ALICE, "live")).result == "hit"
 
     asyncio.run(goes_on())
+
+
+@pytest.mark.parametrize("reason", ["deleted", "ttl", "size"])
+async def test_no_trace_is_left_once_all_is_done(file: Path, reason: Removal) -> None:
+    """Neither of content nor of ids of items, as soon as the last of them was removed."""
+    clock = Clock()
+    async with opened(file, clock) as store:
+        here = World(store, clock)
+        heads = [await here.put(f"CANARY {n}", ids=[f"CANARY item {n}"]) for n in range(20)]
+        clock.now += 10
+        await here.put("kept", BOB)
+        assert any(b"CANARY" in data for data in files_of(file).values())
+        if reason == "deleted":
+            for head in heads:
+                await store.delete(head)
+        elif reason == "ttl":
+            store.configure(ttl=5, max_bytes=PLENTY)
+            await here.tend()
+        else:
+            store.configure(ttl=0, max_bytes=1000)
+            await here.tend()
+        assert not [name for name, data in files_of(file).items() if b"CANARY" in data]
+        assert store._connection.execute("SELECT count(*) FROM items").fetchone() == (0,)
+        here.holds((BOB, "kept"), removed=tuple(20 * (reason == r) for r in REMOVALS))  # type: ignore[arg-type]
+
+
+# Conversations in use
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_what_was_just_put_does_not_give_way_to_what_is_in_use(
+    kind: str, tmp_path: Path
+) -> None:
+    """Who is told that a turn is kept finds it, even if all others of its key are in use."""
+    async with world(kind, tmp_path) as here:
+        here.store.configure(ttl=0, max_bytes=10_000)
+        used = await here.put("a", size=6000)
+        here.store.pins.add(used.root)
+        new = await here.put("b", size=5000)
+        assert await here.path(new) == here.inputs("b")
+        here.holds((ALICE, "b"), removed=(0, 1, 0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_what_is_in_use_does_not_expire(kind: str, tmp_path: Path) -> None:
+    """Until the last of several who use it has ended; others of its key expire meanwhile."""
+    async with world(kind, tmp_path) as here:
+        here.store.configure(ttl=TTL, max_bytes=PLENTY)
+        used = await here.put("a", ids=["i"])
+        await here.put("b")
+        here.store.pins.add(used.root)
+        here.store.pins.add(used.root)
+        here.clock.now += 2 * TTL
+        for _ in range(2):
+            await here.tend()
+            assert await here.results("a", "b") == ["hit", "missing"]
+            assert set(await here.store.find(ALICE, ["i"])) == {"i"}
+            here.store.pins.remove(used.root)
+        assert await here.result("a") == "expired"
+        await here.tend()
+        here.holds(removed=(2, 0, 0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_it_expires_when_the_time_is_up(kind: str, tmp_path: Path) -> None:
+    """At `ttl` seconds exactly a conversation is expired, and not a moment before."""
+    async with world(kind, tmp_path) as here:
+        here.clock.tick = 0
+        here.store.configure(ttl=TTL, max_bytes=PLENTY)
+        await here.put("a")
+        here.clock.now += TTL - 0.5
+        await here.tend()
+        assert await here.result("a") == "hit"
+        here.clock.now += 0.5
+        assert await here.result("a") == "expired"
+        await here.tend()
+        assert await here.result("a") == "missing"
 
 
 async def test_a_conversation_emptied_while_in_use_leaves_nothing(file: Path) -> None:
@@ -298,7 +385,8 @@ async def test_a_large_turn_is_judged_by_its_row(file: Path) -> None:
         content = Content(b'["%b"]' % (b"x" * LARGE), b'["%b"]' % (b"y" * 1000), b"{", b"}")
         head = await here.put("a", content=content, ids=["i"])
         child = await here.put("b", parent=head)
-        assert store.shares.size > LARGE
+        two = turn("c", ids=["i", "j"])
+        assert two.size == two.content.size + ROW + 2 * ITEM
     async with opened(file, patience=10) as store:
         await store.load(ALICE, "none")
         before = bytes_read()

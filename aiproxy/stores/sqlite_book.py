@@ -281,10 +281,27 @@ class Book:
                 return root, owner, "ttl"
         if shares.size > bounds.max_bytes:
             owner = shares.largest() or ""
-            row = self._oldest(owner)
-            if row is not None:
-                return row[0], owner, "size"
+            victim = self._victim(owner)
+            if victim is not None:
+                return victim, owner, "size"
         return None
+
+    def _victim(self, owner: str) -> int | None:
+        """The conversation that gives way: the least recently used one that is not in use.
+
+        If all others are, the first of these, and not the latest, of which a turn was just put.
+        """
+        rows: Iterable[tuple[int]] = self._execute(
+            "SELECT id FROM conversations WHERE owner = ? ORDER BY used", (owner,)
+        )
+        first = found = None
+        for (root,) in rows:
+            if found is not None:
+                return found
+            first = root if first is None else first
+            if root not in self._pins:
+                found = root
+        return first
 
     def _oldest(self, owner: str) -> tuple[int, float, int] | None:
         """The least recently used conversation; those in use come after all others."""
