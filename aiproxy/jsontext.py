@@ -21,6 +21,8 @@ MAX_DEPTH = 256
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[{}\[\],:]|[^\s"{}\[\],:]+', re.DOTALL)
 _NOT_STRUCTURE = bytes(c for c in range(256) if c not in b'[]{}"')
 _ONE_KIND = bytes.maketrans(b"[]", b"{}")  # to count nesting, arrays and objects are alike
+_HIDDEN = re.compile(rb"\\u00[4-7]")  # a letter of a name that is written as an escape
+_ENDS = (b",", b"}", b" ", b"\n", b"\r", b"\t")  # what may follow a member
 _STEP = {0x7B: 1, 0x7D: -1}
 _PEEL = 32  # rounds of removing innermost pairs, each far cheaper than counting one by one
 _BLOCK = 65536  # counted at a time, so that a document that only opens is given up early
@@ -137,16 +139,20 @@ def span(document: bytes, name: str, value: bytes) -> tuple[int, int] | None:
     """
     key = b'"%b"' % name.encode()
     at = document.find(key)
-    if at < 0:
+    if at < 0 or (b"\\u00" in document and _HIDDEN.search(document)):
         return None
-    end = at + len(key)
-    # It is the only one, or nothing but the outermost object is open before it.
-    if document.find(key, end) >= 0 and document.count(b"{", 0, at) != 1:
+    begin = at + len(key)
+    start = document.find(value, begin)
+    end = start + len(value)
+    if start < 0 or document[begin:start].strip() != b":" or document[end : end + 1] not in _ENDS:
         return None
-    start = document.find(value, end)
-    if start < 0 or document[end:start].strip() != b":":
+    if document.find(key, begin) >= 0 and (
+        # Of several the first is it if nothing but the outermost object is open before it; unless
+        # it is given twice, as the value may be.
+        document.count(b"{", 0, at) != 1 or document.find(value, end) >= 0
+    ):
         return None
-    return start, start + len(value)
+    return start, end
 
 
 def amend(
@@ -159,7 +165,7 @@ def amend(
 
     Args:
         document: an object.
-        known: its members, values as written.
+        known: those of its members that are replaced, values as written.
         values: the new ones.
         add: the names of those that are added at the end where they are missing.
     """
@@ -174,10 +180,10 @@ def amend(
             continue
         found = span(document, name, old)
         if found is None:
-            return _append(replace(document, (), values), bool(known), added)
+            return _append(replace(document, (), values), added)
         spans.append((*found, value))
     spans.sort()
-    return _append(_spliced(document, spans), bool(known), added)
+    return _append(_spliced(document, spans), added)
 
 
 def _spliced(document: bytes, edits: Iterable[tuple[int, int, bytes]]) -> bytes:
@@ -190,12 +196,12 @@ def _spliced(document: bytes, edits: Iterable[tuple[int, int, bytes]]) -> bytes:
     return b"".join(out)
 
 
-def _append(document: bytes, filled: bool, members: list[bytes]) -> bytes:  # noqa: FBT001 - inner
+def _append(document: bytes, members: list[bytes]) -> bytes:
     """The object with further members at its end."""
     if not members:
         return document
     end = document.rindex(b"}")
-    comma = b"," if filled else b""
+    comma = b"" if document[:end].rstrip().endswith(b"{") else b","
     return b"".join((document[:end], comma, b",".join(members), document[end:]))
 
 

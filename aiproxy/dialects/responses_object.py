@@ -5,6 +5,7 @@ Of an upstream's object only the members that are ours change; every other byte 
 
 from __future__ import annotations
 
+import json
 import secrets
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -69,13 +70,15 @@ def produced(response: bytes, gathered: Output | None = None) -> Produced:
         gathered: what passed of its output before, for an object whose own is empty.
     """
     members = members_of(response) or {}
-    output = bytes(members.pop("output", b"[]"))
-    found = jsontext.span(response, "output", output)
+    raw = members.pop("output", None)
+    output = b"" if raw is None else bytes(raw)
+    found = jsontext.span(response, "output", output) if output else None
     if found is not None:
         before, after = response[: found[0]], response[found[1] :]
     else:  # it has none, or another member that looks like it
-        rest = msgspec.json.encode(members)
-        before, after = b'{"output":', b"," + rest[1:] if members else b"}"
+        # By json, since a name may be one that cannot be encoded.
+        rest = [b",%b:%b" % (json.dumps(name).encode(), value) for name, value in members.items()]
+        before, after = b'{"output":', b"".join((*rest, b"}"))
     array = output.strip()
     if array[:1] != b"[" or not array[1:-1].strip():
         items = [] if gathered is None else gathered.items()

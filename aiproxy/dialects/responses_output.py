@@ -6,6 +6,7 @@ empty `output`.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,10 @@ class _Part:
 
     def encode(self) -> bytes:
         text = b"".join(self.pieces)
+        try:
+            json.loads(b'"%b"' % text)
+        except ValueError:  # some piece was no JSON: it is kept by its letters
+            text = json.dumps(text.decode("utf-8", "replace")).encode()[1:-1]
         if self.kind == b"refusal":
             return b'{"type":"refusal","refusal":"%b"}' % text
         return b'{"type":"output_text","text":"%b","annotations":[]}' % text
@@ -65,7 +70,7 @@ class Output:
             return
         kind, event = named.groups()
         at = {name: int(index) for name, index in _INDEX.findall(raw)}
-        key = at.get(b"output", 0), at.get(b"content", 0)
+        key = at.get(b"output", len(self._places)), at.get(b"content", 0)
         if key[0] in self._places and at:
             return
         part = self._parts.get(key)
