@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from aiproxy.sessions import Delta, Head, StoreError
-from aiproxy.stores import sqlite_book, sqlite_file
+from aiproxy.stores import sqlite_file, sqlite_reader
 from aiproxy.stores.sqlite import SqliteSessions
 from aiproxy.stores.sqlite_book import Book
 from conftest import BlockingCalls
@@ -347,6 +347,6 @@ async def test_a_parent_is_judged_by_its_row(store: SqliteSessions) -> None:
     assert (last.depth, last.whole, last.size) == (4096, True, 4 * 4096)
     path = await store.path(last)
     assert path == [Delta("one", b"[]", b"[]")] * 4096
-    plan = store._connection.execute(f"EXPLAIN QUERY PLAN {sqlite_book._HEAD}", ("x",)).fetchall()
+    plan = store._connection.execute(f"EXPLAIN QUERY PLAN {sqlite_reader._HEAD}", ("x",)).fetchall()
     assert [row[3].split()[0] for row in plan] == ["SEARCH", "SEARCH"]
-    assert "t.input" not in sqlite_book._HEAD
+    assert "t.input" not in sqlite_reader._HEAD

@@ -11,8 +11,9 @@ import pytest
 
 from aiproxy.sessions import ITEM, REMOVALS, ROW, Content, NoRoomError, Pins, Removal, StoreError
 from aiproxy.stores import sqlite_file
-from aiproxy.stores.sqlite_book import Book, Bounds, Reader
+from aiproxy.stores.sqlite_book import Book, Bounds
 from aiproxy.stores.sqlite_file import SessionFile
+from aiproxy.stores.sqlite_reader import Reader
 from turns import (
     ALICE,
     BOB,

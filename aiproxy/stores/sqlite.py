@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from aiproxy.sessions import Pins, Shares, StoreError
 from aiproxy.sessions.items import elements
-from aiproxy.stores.sqlite_book import Book, Bounds, Reader
+from aiproxy.stores.sqlite_book import Book, Bounds
 from aiproxy.stores.sqlite_file import SessionFile
+from aiproxy.stores.sqlite_reader import Reader
 from aiproxy.stores.sqlite_writer import Writer
 
 if TYPE_CHECKING:
