@@ -530,7 +530,14 @@ async def test_who_gives_up_connecting_leaves_no_socket(
     """Cancelled at any step: of the look-up, of the connect, of the handshake."""
     server, client = contexts(tmp_path)
     secure = server if way == "TLS" else None
-    async with listening(answer, ssl=secure) as port:
+
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(2**16):  # whatever comes is no answer's beginning
+            pass
+        writer.close()
+
+    served = hang if way == "TLS that hangs" else answer
+    async with listening(served, ssl=secure) as port:
         dead = [(HERE, unused())] if way == "two addresses" else []
         resolver = Resolver(monkeypatch, *dead, ("127.0.0.2", port))
         context = client if way.startswith("TLS") else None
