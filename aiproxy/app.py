@@ -13,9 +13,10 @@ from urllib.parse import unquote
 import msgspec
 
 from aiproxy import errors
+from aiproxy.counting import Counting
 from aiproxy.dialects.chat import Chat, Embeddings
-from aiproxy.dialects.messages import Messages
-from aiproxy.dialects.responses import Responses
+from aiproxy.dialects.messages import CountTokens, Messages
+from aiproxy.dialects.responses import InputTokens, Responses
 from aiproxy.listener import check_head
 from aiproxy.proxy import shape_of
 from aiproxy.stored import Stored, act
@@ -41,6 +42,10 @@ _RELAYED: dict[str, tuple[Endpoint, Dialect]] = {
     "/v1/embeddings": ("embeddings", Embeddings()),
     "/v1/messages": ("messages", Messages()),
 }
+_COUNTED: dict[str, tuple[Endpoint, Dialect]] = {
+    "/v1/responses/input_tokens": ("input_tokens", InputTokens()),
+    "/v1/messages/count_tokens": ("count_tokens", CountTokens()),
+}
 
 
 class App:
@@ -49,9 +54,14 @@ class App:
     def __init__(self, proxy: Proxy, sessions: SessionGate) -> None:
         self._proxy = proxy
         self._stored = Stored(proxy, sessions)
-        self._relayed: dict[str, tuple[Endpoint, Act]] = {
+        self._posted: dict[str, tuple[Endpoint, Act]] = {
             path: (endpoint, partial(proxy.relay, dialect=dialect))
             for path, (endpoint, dialect) in _RELAYED.items()
+        }
+        counting = Counting(proxy, sessions)
+        self._posted |= {
+            path: (endpoint, partial(counting.count, dialect=dialect))
+            for path, (endpoint, dialect) in _COUNTED.items()
         }
 
     async def __call__(self, request: BaseRequest) -> Reply:
@@ -67,12 +77,12 @@ class App:
     def _find(self, request: BaseRequest, path: str) -> tuple[Endpoint, Act]:
         """What a method and a path mean: an endpoint, and what it does."""
         method = request.method
-        if (relayed := self._relayed.get(path)) is not None:
+        if (posted := self._posted.get(path)) is not None:
             if path == "/v1/responses" and _upgrades(request):
                 return "responses", _raise(errors.upgrade_not_supported())
             if method == "POST":
-                return relayed
-            return relayed[0], _raise(errors.method_not_allowed(method, "POST"))
+                return posted
+            return posted[0], _raise(errors.method_not_allowed(method, "POST"))
         if path == "/":
             return self._reading(method, "none", _greet)
         if path == "/v1/models":
@@ -94,7 +104,7 @@ class App:
         """`/v1/responses/{id}` and below it."""
         response_id, _, verb = path.removeprefix("/v1/responses/").partition("/")
         allowed = {"": "GET, HEAD, DELETE", "input_items": "GET, HEAD", "cancel": "POST"}.get(verb)
-        if allowed is None or not response_id or response_id in ("compact", "input_tokens"):
+        if allowed is None or not response_id or response_id == "compact":
             return "none", _raise(errors.unknown_url(method, path))
         if method not in allowed.split(", "):
             return "response", _raise(errors.method_not_allowed(method, allowed))

@@ -98,6 +98,8 @@ class Call:
         own = [(headers.REQUEST_ID, self.exchange.request_id)]
         if self.exchange.upstream:
             own.append(("x-aiproxy-upstream", self.exchange.upstream))
+        if self.asked is not None and self.asked.dropped:
+            own.append((headers.DROPPED_TOOLS, headers.listed(self.asked.dropped)))
         if self.limits is not None:
             own += ratelimit_headers(self.limits.levels())
         return own

@@ -17,7 +17,7 @@ import msgspec
 from aiproxy import errors
 from aiproxy.aside import aside
 from aiproxy.dialects import responses_items
-from aiproxy.dialects.responses_items import ENCRYPTED
+from aiproxy.dialects.responses_items import ENCRYPTED, Replayed
 from aiproxy.prompt_size import Size
 from aiproxy.sessions import NOTHING, Content, Turn, new_response_id
 from aiproxy.sessions.items import LONGEST_ID, array, elements, identified, ids_of, joined
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
     from aiproxy.call import Call
     from aiproxy.config import Target
-    from aiproxy.dialects import Asked
+    from aiproxy.dialects import Asked, Dialect
     from aiproxy.dialects.responses_items import Reference
     from aiproxy.dialects.responses_object import Produced
+    from aiproxy.dialects.spoken import Way
     from aiproxy.envelope import Envelope
     from aiproxy.errors import ProxyError
     from aiproxy.session_gate import SessionGate
@@ -58,6 +59,7 @@ class Conversation:
         self._included = False
         self._upstream = ""
         self._theirs = False  # the upstream holds the conversation
+        self._spoken: Dialect | None = None
         self._sent_model = ""
 
     async def begin(self, envelope: Envelope) -> None:
@@ -91,15 +93,15 @@ class Conversation:
                 f"This conversation has {parent.depth} turns, and at most {bounds.max_turns} are"
                 " allowed."
             )
-        if self._recalled and self._recalled + size > bounds.max_replay:
+        if self.recalled and self.recalled + size > bounds.max_replay:
             raise errors.conversation_too_long(
-                f"This conversation comes to {self._recalled + size} bytes, and at most"
+                f"This conversation comes to {self.recalled + size} bytes, and at most"
                 f" {bounds.max_replay} are allowed.",
                 "input" if parent is None else "previous_response_id",
             )
 
     @property
-    def _recalled(self) -> int:
+    def recalled(self) -> int:
         """Bytes of stored items that the request brings in."""
         before = 0 if self.parent is None else self.parent.size
         return before + sum(found.size for found in self._found.values())
@@ -117,15 +119,17 @@ class Conversation:
         found = list(self._found.values())
         return found[-1].upstream if found else None
 
-    async def place(self, target: Target, envelope: Envelope) -> None:
-        """Take the target that the request goes to.
+    async def place(self, way: Way, envelope: Envelope) -> None:
+        """Take the target that the request goes to, and the dialect that it is spoken to.
 
         Raises:
             ProxyError: it holds nothing of what the request goes on from, and cannot be given it.
         """
+        target, spoken = way.target, way.spoken
         self._upstream = target.upstream.name
         self._sent_model = target.model or self._asked.model
-        self._theirs = target.upstream.sessions == "upstream"
+        self._spoken = spoken
+        self._theirs = target.upstream.sessions == "upstream" and not spoken.translates
         parent, found = self.parent, self._found.values()
         here = parent.held if parent is not None else not self._theirs
         if parent is not None and not parent.held:
@@ -170,25 +174,36 @@ class Conversation:
 
     # -- the body
 
-    async def prepare(self, target: Target, envelope: Envelope) -> None:
-        """Make of the request what its target can take.
+    async def recall(self, envelope: Envelope) -> None:
+        """Put what is stored in the place of what names it, as far as the target needs it.
 
         Raises:
-            ProxyError: what it names has been deleted meanwhile; or there is no memory for it.
+            ProxyError: it has been deleted meanwhile; or there is no memory for it.
+        """
+        if self._theirs:
+            await self._hand_over(envelope)
+        else:
+            await self._expand(envelope)
+
+    async def prepare(self, target: Target, envelope: Envelope) -> None:
+        """Make of the request what its target can take, and its answer what can be kept.
+
+        Raises:
+            ProxyError: as `recall`.
         """
         asked = self._asked
         asked.keep = asked.store
         if self._theirs:
-            await self._hand_over(envelope)
+            await self.recall(envelope)
             return
         asked.own = {
             "id": b'"%b"' % new_response_id().encode(),
             "previous_response_id": msgspec.json.encode(asked.previous),
             "store": b"true" if asked.store else b"false",
         }
-        await self._expand(envelope)
+        await self.recall(envelope)
         envelope.put("store", False)
-        if asked.store:
+        if asked.store and self._spoken is not None and not self._spoken.translates:
             self._ask_for_reasoning(target, envelope)
 
     async def _expand(self, envelope: Envelope) -> None:
@@ -197,10 +212,10 @@ class Conversation:
         self._input = given
         if not self.goes_on:
             return
-        self._call.hold.take(self._recalled)
+        self._call.hold.take(self.recalled)
         path = await self._path()
         items = await self._items()
-        sent = await aside(lambda: self._assemble(path, given, items), self._recalled + len(given))
+        sent = await aside(lambda: self._assemble(path, given, items), self.recalled + len(given))
         if self._call.exchange.reasoning_left_out:
             self._gate.reasoning_left_out(self._call.exchange)
         envelope.drop("previous_response_id")
@@ -235,7 +250,7 @@ class Conversation:
                 arrays += (turn.input, turn.output)
                 continue
             for each in (turn.input, turn.output):
-                kept = responses_items.replayed(each, same_origin=turn.upstream == self._upstream)
+                kept = self._readable(each, turn.upstream)
                 arrays.append(kept.items)
                 left_out += kept.foreign
         if self._references:
@@ -249,10 +264,7 @@ class Conversation:
                     sent.append(item)
                 elif name not in there:
                     new.append(items[name])
-                    origin = self._found[name].upstream
-                    kept = responses_items.replayed(
-                        array([items[name]]), same_origin=origin == self._upstream
-                    )
+                    kept = self._readable(array([items[name]]), self._found[name].upstream)
                     sent.extend(elements(kept.items))
                     left_out += kept.foreign
             self._input = array(new)
@@ -261,6 +273,17 @@ class Conversation:
             arrays.append(given)
         self._call.exchange.reasoning_left_out = left_out
         return joined(arrays)
+
+    def _readable(self, items: bytes, origin: str) -> Replayed:
+        """What of stored items the target can read."""
+        spoken = self._spoken
+        if spoken is not None and spoken.api == "chat":
+            return Replayed(items, 0)  # reasoning is no more than text there, if anything
+        return responses_items.replayed(
+            items,
+            same_origin=origin == self._upstream,
+            plain=spoken is not None and spoken.translates,
+        )
 
     async def _hand_over(self, envelope: Envelope) -> None:
         """Ask an upstream that holds conversations itself."""

@@ -15,7 +15,7 @@ from msgspec import Raw
 from aiproxy import errors, jsontext
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 MAX_NUMBER = 400  # characters of a number in a field that is read
 
@@ -72,6 +72,9 @@ class Envelope:
     def encode(self) -> bytes:
         """The body to send."""
         return msgspec.json.encode(self._members)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
 
     def __contains__(self, name: str) -> bool:
         raw = self._members.get(name)

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from aiproxy.sessions import LoadResult
     from aiproxy.usage import Reason, Usage
 
-Endpoint = Literal["responses", "chat", "embeddings", "messages", "response", "models", "none"]
+Endpoint = Literal[
+    "responses", "chat", "embeddings", "messages", "response", "input_tokens", "count_tokens",
+    "models", "none",
+]  # fmt: skip
 AttemptResult = Literal[
     "ok", "connect", "timeout", "reset", "protocol", "status_4xx", "status_429", "status_5xx"
 ]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 REQUEST_ID = "x-request-id"
+DROPPED_TOOLS = "x-aiproxy-dropped-tools"
 
 _UPSTREAM = frozenset(
     {
@@ -45,6 +46,8 @@ _CLIENT = frozenset(
 _CLIENT_PREFIXES = ("x-codex-",)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
+_ODD = re.compile(r"[^A-Za-z0-9_.:-]", re.ASCII)
+_LONGEST_NAME, _LONGEST_LIST = 128, 2000
 _UNSAFE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
@@ -102,6 +105,13 @@ def to_client(received: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         and value.isascii()
         and not _UNSAFE.search(value)
     ]
+
+
+def listed(names: Iterable[str]) -> str:
+    """Caller-made names as one field value: odd characters as `_`, no longer than clients take."""
+    safe = [_ODD.sub("_", name[:_LONGEST_NAME]) for name in names]
+    value = ", ".join(safe)
+    return value if len(value) <= _LONGEST_LIST else f"{value[:_LONGEST_LIST]}..."
 
 
 def credential(auth: str, api: str, secret: str) -> tuple[str, str] | None:

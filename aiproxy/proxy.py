@@ -18,6 +18,7 @@ from aiproxy.body import Buffered, receive
 from aiproxy.call import Call
 from aiproxy.conversation import Conversation
 from aiproxy.dialects import bound_output
+from aiproxy.dialects.spoken import Way, spoken
 from aiproxy.envelope import Envelope
 from aiproxy.errors import ProxyError
 from aiproxy.exchange import Exchange
@@ -186,35 +187,37 @@ class Proxy:
     async def relay(self, call: Call, dialect: Dialect) -> Outcome:
         """A POST to one of the relayed APIs."""
         key = self.authenticate(call)
-        envelope, call.size = await self._receive(call)
+        envelope, call.size = await self.receive(call)
         asked = call.asked = dialect.request(envelope)
-        route = self._choose(call, asked, key)
+        asked.clock = time.time
+        route = self.choose(call, asked, key)
         auth.permit(key, envelope)
         conversation = None
         if dialect.api == "responses":
             conversation = call.conversation = Conversation(self._sessions, call, asked)
             await conversation.begin(envelope)
-        target = self._target(call, route, dialect)
+        target = self.target(call, route, dialect)
+        way = Way(asked, target, spoken(dialect, target.upstream))
         if conversation is not None:
-            await conversation.place(target, envelope)
+            await conversation.place(way, envelope)
+        await self._check(way, route, envelope)
         await self._admit(call, asked, route, envelope, dialect)
-        if target.model is not None and target.model != asked.model:
-            envelope.put("model", target.model)
-            asked.renamed = True
+        rename(way, envelope)
         if asked.stream:
-            call.stream = dialect.stream(asked)
+            call.stream = way.spoken.stream(asked)
             call.watch.heartbeat(call.snapshot.config.streams.keepalive, call.beat)
         if conversation is not None:
             await conversation.prepare(target, envelope)
-        ask = await self._ask(call, dialect, target, envelope)
+        ask = await self._ask(call, way, envelope)
         del envelope  # a stream may last for hours; its request's body need not
         with ask as answer:
             call.hold.release(0 if conversation is None else conversation.holding)
             if asked.stream:
                 return await self._relay_stream(call, answer, target.upstream.timeouts.idle)
-            return await self._relay_json(call, answer, dialect, asked)
+            return await self._relay_json(call, answer, way)
 
-    async def _receive(self, call: Call) -> tuple[Envelope, Size]:
+    async def receive(self, call: Call) -> tuple[Envelope, Size]:
+        """The body, and how much of it reaches a model."""
         config = call.snapshot.config
         began = time.monotonic()
         if not call.request.content.is_eof():  # most bodies came with their head
@@ -224,7 +227,8 @@ class Proxy:
         call.exchange.bytes_in = len(body)
         return await aside(lambda: (Envelope.parse(body), measure(body)), len(body))
 
-    def _choose(self, call: Call, asked: Asked, key: Key) -> Route:
+    def choose(self, call: Call, asked: Asked, key: Key) -> Route:
+        """The route of what is asked, if this key may use it."""
         if not asked.model:
             raise errors.missing_model()
         call.exchange.model = asked.model
@@ -236,7 +240,8 @@ class Proxy:
             call.limits = self._limits.of(key.name, route.model)
         return route
 
-    def _target(self, call: Call, route: Route, dialect: Dialect) -> Target:
+    def target(self, call: Call, route: Route, dialect: Dialect) -> Target:
+        """Who is asked."""
         conversation = call.conversation
         prefer = None if conversation is None else conversation.prefers
         target = routes.targets(route, dialect.api, prefer)[0]
@@ -291,38 +296,51 @@ class Proxy:
         else:
             raise errors.rate_limit_exceeded(held.kind, held.message, held.wait)
 
-    async def _ask(self, call: Call, dialect: Dialect, target: Target, envelope: Envelope) -> Ask:
+    @staticmethod
+    async def _check(way: Way, route: Route, envelope: Envelope) -> None:
+        """Refuse what the target cannot be asked for; nothing is taken for it."""
+        asked, target, spoken = way
+        work = partial(spoken.check, envelope, asked, route, target.upstream)
+        await aside(work, envelope.size if spoken.translates else 0)
+
+    async def _ask(self, call: Call, way: Way, envelope: Envelope) -> Ask:
         """Send the request; once more where it was refused for what we have added."""
         try:
-            return await self._send(call, dialect, target, envelope)
+            return await self.send(call, way, envelope)
         except ProxyError as error:
             conversation = call.conversation
             if conversation is None or not conversation.asks_again(error, envelope):
                 raise
-        ask = await self._send(call, dialect, target, envelope)
+        ask = await self.send(call, way, envelope)
         conversation.refused_for_reasoning()
         return ask
 
-    async def _send(self, call: Call, dialect: Dialect, target: Target, envelope: Envelope) -> Ask:
+    async def send(self, call: Call, way: Way, envelope: Envelope) -> Ask:
+        """Send the request to its target."""
+        asked, target, spoken = way
         client = call.snapshot.clients[target.upstream.name]
-        body = envelope.encode()
-        beta = call.request.query.get("beta") if dialect.api == "messages" else None
+        recalled = 0 if call.conversation is None else call.conversation.recalled
+        body = await aside(
+            partial(spoken.encode, envelope, asked, target.upstream),
+            envelope.size + recalled if spoken.translates else 0,
+        )
+        beta = call.request.query.get("beta") if call.shape == "anthropic" else None
         head = client.request_head(
-            dialect.api,
-            client.target(dialect.path, () if beta is None else (("beta", beta),)),
+            spoken.api,
+            client.target(spoken.path, () if beta is None else (("beta", beta),)),
             call.request.headers.items(),
             request_id=call.exchange.request_id,
             size=len(body),
         )
-        ask = Ask(client, call.exchange, call.watch, shape=dialect.shape)
+        ask = Ask(client, call.exchange, call.watch, shape=call.shape)
         return await ask.send(head, body)
 
-    async def _relay_json(self, call: Call, answer: Ask, dialect: Dialect, asked: Asked) -> Outcome:
+    async def _relay_json(self, call: Call, answer: Ask, way: Way) -> Outcome:
         if answer.media_type not in ("application/json", ""):
             raise answer.not_an_answer("The upstream's answer is not JSON.")
         call.exchange.answered = time.monotonic()
         body = await answer.read()
-        call.answer = await aside(partial(dialect.answer, body, asked), len(body))
+        call.answer = await aside(partial(way.spoken.answer, body, way.asked), len(body))
         if call.answer.produced is not None:
             await call.keep(call.answer.produced)
         call.send_json(200, call.answer.body, answer.passed_on())
@@ -341,6 +359,14 @@ class Proxy:
         await Relay(call, stream).run(answer, idle)
         call.reply.end()
         return stream.outcome
+
+
+def rename(way: Way, envelope: Envelope) -> None:
+    """Ask for the model by the name that the target knows."""
+    model = way.target.model
+    if model is not None and model != way.asked.model:
+        envelope.put("model", model)
+        way.asked.renamed = True
 
 
 def shape_of(path: str) -> Shape:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from aiproxy.upstream import Ask
 
 SOON = 0.001  # seconds: a limit of 0 would be none
+PATIENCE = 5.0  # seconds for the usage of an answer that is whole but for it
 TAIL = 1.0  # seconds for an upstream to end the body after its terminal event
 
 
@@ -33,6 +34,7 @@ class Relay:
         self._stream = stream
         self._splitter = Splitter()
         self._idle = 0.0
+        self._patience = 0.0  # until when the usage is waited for
 
     async def run(self, answer: Ask, idle: float) -> None:
         """Relay to the end of the upstream's body; the client's body is left open.
@@ -48,12 +50,12 @@ class Relay:
         ends: float | None = None  # when the upstream must have ended, after its terminal event
         while True:
             try:
-                chunk = await answer.chunk()
+                chunk = await self._chunk(answer)
             except ProxyError as error:
-                self._broke_off(error)
+                await self._ended(error)
                 return
             if not chunk:
-                self._broke_off(errors.upstream_error("The upstream ended without an end event."))
+                await self._ended(errors.upstream_error("The upstream ended without an end event."))
                 return
             if ends is None:
                 watch.touch()
@@ -107,7 +109,26 @@ class Relay:
         if self._stream.output_started and not call.exchange.first_token:
             call.exchange.first_token = time.monotonic()
 
-    def _broke_off(self, error: ProxyError) -> None:
-        """The upstream's body ended: an error unless what came is whole."""
-        if not self._stream.whole:
-            raise self._stream.cut() or error
+    async def _chunk(self, answer: Ask) -> bytes:
+        """The next bytes; empty also where an answer is whole, and its usage does not come."""
+        if not self._stream.owes:
+            self._patience = 0.0
+            return await answer.chunk()
+        now = asyncio.get_running_loop().time()
+        self._patience = self._patience or now + PATIENCE
+        try:
+            async with asyncio.timeout_at(self._patience):
+                return await answer.chunk()
+        except TimeoutError:
+            return b""
+
+    async def _ended(self, error: ProxyError) -> None:
+        """Nothing more comes from the upstream: an error unless what came is whole."""
+        stream = self._stream
+        out = [stream.close()]
+        if stream.produced is not None:
+            await self._keep(out, stream.produced)
+        if data := b"".join(out):
+            self._write(data)
+        if not stream.whole:
+            raise stream.error or stream.cut() or error

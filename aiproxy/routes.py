@@ -93,6 +93,9 @@ class Router:
         return list(names)
 
 
+_BRIDGED = frozenset({"responses", "chat", "messages"})  # what /v1/responses can be served by
+
+
 def targets(route: Route, api: str, prefer: str | None = None) -> Sequence[Target]:
     """The targets of a route in the order in which they are tried.
 
@@ -102,14 +105,15 @@ def targets(route: Route, api: str, prefer: str | None = None) -> Sequence[Targe
         prefer: the upstream that a conversation is with, where the route has it.
 
     Raises:
-        ProxyError: none of them speaks `api`.
+        ProxyError: none of them speaks `api`, or what it can be bridged to.
     """
+    served_by = _BRIDGED if api == "responses" else {api}
     first = route.targets[0]
     for target in route.targets if prefer is not None else ():
-        if target.name == prefer and api in target.upstream.apis:
+        if target.name == prefer and served_by & target.upstream.apis:
             first = target
             break
-    if api not in first.upstream.apis:
+    if not served_by & first.upstream.apis:
         raise errors.unsupported_parameter(
             "model", f"The model `{errors.shown(route.model)}` is not served on this endpoint."
         )

@@ -1,7 +1,7 @@
 """Streams of the Responses API, sans-IO: frames in, frames out, and how the stream stands."""
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from openai.types.responses import ResponseStreamEvent
@@ -310,13 +310,16 @@ REQUEST = {
 
 @pytest.mark.parametrize("newline", ["", "\n", "\r\n"])
 def test_the_request_is_echoed(newline: str) -> None:
-    """A made-up response repeats the request's fields, also those of an indented body."""
+    """A made-up response repeats the request's fields, complete, also of an indented body."""
     body = json.dumps(REQUEST, indent=1 if newline else None).replace("\n", newline)
     stream = ResponsesStream(Responses().request(Envelope.parse(body.encode())))
     for fact in failed(stream):
-        for name in REQUEST.keys() - {"input", "stream", "truncation"}:
+        for name in REQUEST.keys() - {"input", "stream", "truncation", "tools", "reasoning"}:
             assert fact["response"][name] == REQUEST[name]
         assert fact["response"]["truncation"] == "disabled"
+        assert fact["response"]["reasoning"] == {"effort": "low", "summary": None}
+        (tool,) = fact["response"]["tools"]
+        assert tool == {"description": None, **cast("Any", REQUEST["tools"])[0]}
 
 
 def test_items_over_many_lines_are_repeated() -> None:

@@ -19,14 +19,10 @@ if TYPE_CHECKING:
     from aiproxy.config.document import Document, Mistake, Steps
 
 NOT_YET: Mapping[str, str | int | bool | list[str] | None] = {
-    "upstreams.*.normalize": False,
-    "upstreams.*.reasoning_content": "fold",
     "upstreams.*.max_concurrent": None,
     "upstreams.*.propagate_trace": False,
     "routes.*.retry_unsafe": False,
     "routes.*.account_objects": "allow",
-    "routes.*.unsupported_tools": "refuse",
-    "routes.*.default_max_tokens": 4096,
     "routes.*.upstreams.*.weight": 1,
     "routes.*.upstreams.*.tier": 1,
     "limiter.store": "memory:",

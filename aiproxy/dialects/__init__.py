@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from msgspec import Raw
@@ -19,8 +19,9 @@ from aiproxy.usage import estimate_output
 
 if TYPE_CHECKING:
     import re
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from aiproxy.config import Route, Upstream
     from aiproxy.dialects.responses_object import Produced
     from aiproxy.envelope import Envelope
     from aiproxy.errors import Outcome, ProxyError, Shape
@@ -43,6 +44,9 @@ class Asked:
     store: bool = True  # responses: whether the client wants the turn kept
     keep: bool = False  # responses: whether the answer is kept: its end waits for that
     own: dict[str, bytes] = field(default_factory=dict)  # responses: what is ours in the object
+    clock: Callable[[], float] = field(default=lambda: 0.0)  # seconds since the epoch
+    dropped: list[str] = field(default_factory=list)  # tools left out for a bridge
+    custom: frozenset[str] = frozenset()  # names of tools that a bridge has made functions of
 
 
 def output_maximum(envelope: Envelope, name: str) -> int | None:
@@ -76,20 +80,24 @@ class Answer(NamedTuple):
     produced: Produced | None = None  # responses: what is to be kept
 
 
-class Dialect(Protocol):
-    """One API.
+class Dialect(ABC):
+    """One API, as an upstream speaks it.
 
     Attributes:
+        api: its name in an upstream's `apis`.
         path: appended to an upstream's base URL.
         shape: of its errors.
         output_fields: of a request, those that bound its output; the first is the one to use.
+        translates: a client of the Responses API is served over another one: a bridge.
     """
 
     api: str
     path: str
-    shape: Shape
-    output_fields: Sequence[str]
+    shape: Shape = "openai"
+    output_fields: Sequence[str] = ()
+    translates = False
 
+    @abstractmethod
     def request(self, envelope: Envelope) -> Asked:
         """Check what is read of the body, and make explicit what must be.
 
@@ -97,50 +105,109 @@ class Dialect(Protocol):
             ProxyError: a field that is read is wrong, or asks for what cannot be done.
         """
 
+    def check(  # noqa: B027 - most have nothing to refuse
+        self, envelope: Envelope, asked: Asked, route: Route, upstream: Upstream
+    ) -> None:
+        """Refuse what this upstream cannot be asked for, before anything is taken for it.
+
+        Raises:
+            ProxyError: `unsupported_parameter` with what it is.
+        """
+
+    def encode(self, envelope: Envelope, asked: Asked, upstream: Upstream) -> bytes:  # noqa: ARG002 - what a bridge needs
+        """The body to send.
+
+        Raises:
+            ProxyError: what a conversation brought in cannot be expressed.
+        """
+        return envelope.encode()
+
+    @abstractmethod
     def answer(self, body: bytes, asked: Asked) -> Answer:
-        """Read a JSON answer, restoring the client's name of the model.
+        """Read a JSON answer.
 
         Raises:
             ProxyError: the body is no answer of this API.
         """
 
+    @abstractmethod
     def stream(self, asked: Asked) -> Stream:
         """A reader for one stream."""
 
 
 class Stream(ABC):
-    """Reads one stream of frames, which it may rewrite.
+    """Reads one stream of frames, and says what goes to the client in their place.
 
     Attributes:
         over: the terminal event passed; nothing more may follow but what `feed` still lets through.
         whole: what came so far is a complete answer, whether or not more follows.
+        owes: a complete answer came, whose terminal event waits for the usage: see `close`.
         outcome: how the answer counts, once `whole`.
         output_started: an event with output (text, reasoning, arguments) passed.
         usage: of the answer, once it came.
         reason: why there is no usage.
         error: set when the stream cannot go on: what to tell the client.
-        tally: of the output that passed.
         produced: a whole answer that is to be kept, once its terminal event came. This event is
             held back until `end`.
     """
 
-    def __init__(self, asked: Asked, output: re.Pattern[bytes]) -> None:
+    def __init__(self, asked: Asked) -> None:
         self.asked = asked
         self.over = False
         self.whole = False
+        self.owes = False
         self.outcome: Outcome = "completed"
         self.output_started = False
         self.usage: Usage | None = None
         self.reason: Reason | None = "missing"
         self.error: ProxyError | None = None
-        self.tally = Tally(output)
         self.produced: Produced | None = None
+
+    @abstractmethod
+    def feed(self, raw: bytes) -> bytes:
+        """Read one whole frame; what goes to the client in its place (often the same bytes)."""
+
+    @abstractmethod
+    def spill(self, part: bytes, *, ends: bool) -> bytes:
+        """Read a part of a frame that is too large to be read whole; what goes to the client."""
+
+    def end(self) -> bytes:
+        """The terminal event that was held back; the stream is over with it."""
+        raise NotImplementedError
+
+    def close(self) -> bytes:
+        """What is still owed to the client once nothing more comes from the upstream."""
+        return b""
+
+    @abstractmethod
+    def delivered(self) -> int:
+        """Estimated output tokens of what passed so far."""
+
+    def cut(self) -> ProxyError | None:
+        """The upstream's own account of why it ended without a terminal event, if it gave one."""
+        return None
+
+    @abstractmethod
+    def fail(self, error: ProxyError, now: int) -> bytes:
+        """The frames that end the stream for the client. `now`: seconds since the epoch."""
+
+
+class NativeStream(Stream):
+    """A stream whose frames mostly pass as they are.
+
+    Attributes:
+        tally: of the output that passed.
+    """
+
+    def __init__(self, asked: Asked, output: re.Pattern[bytes]) -> None:
+        super().__init__(asked)
+        self.tally = Tally(output)
         self._kept = True
         self._spilling = False
         self._terminal: Outcome | None = None
 
     def feed(self, raw: bytes) -> bytes:
-        """Read one whole frame; what goes to the client in its place (often the same bytes)."""
+        """See `Stream`."""
         if raw == b"\n":
             # The second half of a CRLF that came late: it goes where its frame went.
             return raw if self._kept else b""
@@ -159,7 +226,7 @@ class Stream(ABC):
         return b""
 
     def spill(self, part: bytes, *, ends: bool) -> bytes:
-        """Read a part of a frame that is too large to be read whole; what goes to the client."""
+        """See `Stream`."""
         if self.over:
             return b""
         if not self._spilling:
@@ -176,21 +243,9 @@ class Stream(ABC):
         """How a large frame ends the stream, by its beginning; None: it does not."""
         return None
 
-    def end(self) -> bytes:
-        """The terminal event that was held back; the stream is over with it."""
-        raise NotImplementedError
-
     def delivered(self) -> int:
-        """Estimated output tokens of what passed so far."""
+        """See `Stream`."""
         return estimate_output(self.tally.deltas, self.tally.size)
-
-    def cut(self) -> ProxyError | None:
-        """The upstream's own account of why it ended without a terminal event, if it gave one."""
-        return None
-
-    @abstractmethod
-    def fail(self, error: ProxyError, now: int) -> bytes:
-        """The frames that end the stream for the client. `now`: seconds since the epoch."""
 
 
 def many_lines(raw: bytes) -> bool:

@@ -16,7 +16,8 @@ from aiproxy import errors, sse, usage
 from aiproxy.dialects import (
     Answer,
     Asked,
-    Stream,
+    Dialect,
+    NativeStream,
     many_lines,
     members_of,
     output_maximum,
@@ -26,10 +27,8 @@ from aiproxy.dialects import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from aiproxy.envelope import Envelope
-    from aiproxy.errors import Outcome, ProxyError, Shape
+    from aiproxy.errors import Outcome, ProxyError
 
 _CANDIDATE = re.compile(
     rb'"usage"\s*:\s*[^n\s]|"finish_reason"\s*:\s*"|"error"\s*:|data: ?\[DONE\]'
@@ -41,13 +40,12 @@ _DELTA = re.compile(
 _INCOMPLETE = frozenset({"length", "content_filter"})
 
 
-class Chat:
+class Chat(Dialect):
     """`POST /v1/chat/completions`."""
 
     api = "chat"
     path = "/chat/completions"
-    shape: Shape = "openai"
-    output_fields: Sequence[str] = ("max_completion_tokens", "max_tokens")
+    output_fields = ("max_completion_tokens", "max_tokens")
 
     def request(self, envelope: Envelope) -> Asked:
         """See `Dialect`."""
@@ -95,13 +93,11 @@ class Chat:
         return ChatStream(asked)
 
 
-class Embeddings:
+class Embeddings(Dialect):
     """`POST /v1/embeddings`: JSON only."""
 
     api = "embeddings"
     path = "/embeddings"
-    shape: Shape = "openai"
-    output_fields: Sequence[str] = ()
 
     def request(self, envelope: Envelope) -> Asked:
         """See `Dialect`. `stream` is no field of this API; strict upstreams refuse it."""
@@ -144,7 +140,7 @@ def _finished(choices: Raw | None) -> list[tuple[int, str]]:
     ]
 
 
-class ChatStream(Stream):
+class ChatStream(NativeStream):
     """See `Stream`. Whole with a finish reason for every choice, even without `[DONE]`."""
 
     def __init__(self, asked: Asked) -> None:

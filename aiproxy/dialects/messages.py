@@ -13,7 +13,8 @@ from aiproxy import usage as counts
 from aiproxy.dialects import (
     Answer,
     Asked,
-    Stream,
+    Dialect,
+    NativeStream,
     many_lines,
     members_of,
     output_maximum,
@@ -23,10 +24,8 @@ from aiproxy.dialects import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from aiproxy.envelope import Envelope
-    from aiproxy.errors import ProxyError, Shape
+    from aiproxy.errors import ProxyError
 
 _CANDIDATE = re.compile(
     rb'(?:"|event: ?)(?:message_start|message_delta|message_stop|error)(?:"|\r|\n)'
@@ -38,13 +37,13 @@ _SPECIAL = frozenset({b"message_start", b"message_delta", b"message_stop", b"err
 _INCOMPLETE = frozenset({"max_tokens", "refusal", "model_context_window_exceeded"})
 
 
-class Messages:
+class Messages(Dialect):
     """`POST /v1/messages`."""
 
     api = "messages"
     path = "/messages"
-    shape: Shape = "anthropic"
-    output_fields: Sequence[str] = ("max_tokens",)
+    shape = "anthropic"
+    output_fields = ("max_tokens",)
 
     def request(self, envelope: Envelope) -> Asked:
         """See `Dialect`."""
@@ -80,11 +79,23 @@ class Messages:
         return MessagesStream(asked)
 
 
+class CountTokens(Messages):
+    """`POST /v1/messages/count_tokens`: how many tokens a request would have."""
+
+    path = "/messages/count_tokens"
+
+    def request(self, envelope: Envelope) -> Asked:
+        """See `Dialect`."""
+        model = envelope.text("model") or ""
+        envelope.require_one_of("messages", (b"[",), "an array")
+        return Asked(model=model, stream=False)
+
+
 def _is_incomplete(stop_reason: object) -> bool:
     return isinstance(stop_reason, str) and stop_reason in _INCOMPLETE
 
 
-class MessagesStream(Stream):
+class MessagesStream(NativeStream):
     """See `Stream`. Whole only with `message_stop`."""
 
     def __init__(self, asked: Asked) -> None:

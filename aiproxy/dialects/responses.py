@@ -16,7 +16,8 @@ from aiproxy import errors, sse, usage
 from aiproxy.dialects import (
     Answer,
     Asked,
-    Stream,
+    Dialect,
+    NativeStream,
     many_lines,
     members_of,
     output_maximum,
@@ -33,10 +34,8 @@ from aiproxy.dialects.responses_object import (
 from aiproxy.dialects.responses_output import Output
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from aiproxy.envelope import Envelope
-    from aiproxy.errors import Outcome, ProxyError, Shape
+    from aiproxy.errors import Outcome, ProxyError
 
 _LIFECYCLE = frozenset({"response.created", "response.queued", "response.in_progress"})
 _TERMINAL: dict[str, Outcome] = {
@@ -70,23 +69,20 @@ _LARGE_LIFECYCLE = re.compile(
 _SEQUENCE = re.compile(rb'"sequence_number"\s*:\s*(\d{1,15})')
 
 
-class Responses:
+class Responses(Dialect):
     """`POST /v1/responses`."""
 
     api = "responses"
     path = "/responses"
-    shape: Shape = "openai"
-    output_fields: Sequence[str] = ("max_output_tokens",)
+    output_fields = ("max_output_tokens",)
 
     def request(self, envelope: Envelope) -> Asked:
         """See `Dialect`."""
         model = envelope.text("model") or ""
         stream = bool(envelope.boolean("stream"))
-        envelope.require_one_of("input", (b'"', b"["), "a string or an array")
+        _check_input(envelope)
         if envelope.boolean("background"):
             raise errors.unsupported_parameter("background", "'background' is not supported.")
-        if "conversation" in envelope:
-            raise errors.unsupported_parameter("conversation", "'conversation' is not supported.")
         store = envelope.boolean("store")
         envelope.put("stream", stream)
         return Asked(
@@ -117,6 +113,25 @@ class Responses:
         return ResponsesStream(asked)
 
 
+class InputTokens(Responses):
+    """`POST /v1/responses/input_tokens`: how many tokens a request would have."""
+
+    path = "/responses/input_tokens"
+
+    def request(self, envelope: Envelope) -> Asked:
+        """See `Dialect`."""
+        model = envelope.text("model") or ""
+        _check_input(envelope)
+        previous = envelope.text("previous_response_id")
+        return Asked(model=model, stream=False, previous=previous, store=False)
+
+
+def _check_input(envelope: Envelope) -> None:
+    envelope.require_one_of("input", (b'"', b"["), "a string or an array")
+    if "conversation" in envelope:
+        raise errors.unsupported_parameter("conversation", "'conversation' is not supported.")
+
+
 def _usage(response: dict[str, Raw]) -> tuple[usage.Usage | None, usage.Reason | None]:
     given = value_of(response.get("usage"))
     if given is None:
@@ -125,7 +140,7 @@ def _usage(response: dict[str, Raw]) -> tuple[usage.Usage | None, usage.Reason |
     return counted, None if counted is not None else "bad"
 
 
-class ResponsesStream(Stream):
+class ResponsesStream(NativeStream):
     """See `Stream`."""
 
     def __init__(self, asked: Asked) -> None:

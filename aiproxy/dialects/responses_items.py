@@ -125,11 +125,16 @@ def may_reason(*arrays: bytes) -> bool:
     return any(b'"reasoning"' in array or b"\\u" in array for array in arrays)
 
 
-def replayed(array: bytes, *, same_origin: bool) -> Replayed:
+def replayed(array: bytes, *, same_origin: bool, plain: bool = False) -> Replayed:
     """Leave out the reasoning that an upstream cannot read.
 
     An upstream that keeps nothing (`store: false`) takes reasoning only with its encrypted content,
     and only from itself.
+
+    Args:
+        array: of items.
+        same_origin: the upstream is the one that made them.
+        plain: reasoning that is not encrypted may stay.
     """
     if not may_reason(array):
         return Replayed(array, 0)
@@ -138,7 +143,8 @@ def replayed(array: bytes, *, same_origin: bool) -> Replayed:
         return Replayed(array, 0)
     kept, foreign = [], 0
     for raw, kind in zip(elements_of(array), kinds, strict=True):
-        if kind.type != "reasoning" or (kind.encrypted_content and same_origin):
+        stays = same_origin if kind.encrypted_content else plain
+        if kind.type != "reasoning" or stays:
             kept.append(bytes(raw).strip())
         elif kind.encrypted_content:
             foreign += 1

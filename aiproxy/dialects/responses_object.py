@@ -16,6 +16,8 @@ from aiproxy import jsontext
 from aiproxy.dialects import members_of, value_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiproxy.dialects import Asked
     from aiproxy.dialects.responses_output import Output
 
@@ -141,5 +143,43 @@ def skeleton(asked: Asked, now: int) -> dict[str, Any]:
     if asked.envelope is not None:
         for name in _ECHO:
             if (raw := asked.envelope.raw(name)) is not None:
-                response[name] = on_one_line(raw)
+                response[name] = _repeated(name, raw)
     return response
+
+
+def _repeated(name: str, raw: bytes) -> object:
+    """A field of the request as the response has it: what was left out there is told here."""
+    complete = COMPLETE.get(name)
+    value = None if complete is None else value_of(Raw(raw))
+    return on_one_line(raw) if complete is None or value is None else complete(value)
+
+
+def _tools(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    return [
+        {**_FUNCTION, **each} if isinstance(each, dict) and each.get("type") == "function" else each
+        for each in value
+    ]
+
+
+def _text_options(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    form = value.get("format") or {"type": "text"}
+    if isinstance(form, dict) and form.get("type") == "json_schema":
+        form = {**_SCHEMA, **{name: each for name, each in form.items() if each is not None}}
+    return {**value, "format": form}
+
+
+def _reasoning(value: Any) -> Any:
+    return {"effort": None, "summary": None, **value} if isinstance(value, dict) else value
+
+
+_FUNCTION = {"description": None, "parameters": None, "strict": None}
+_SCHEMA = {"description": None, "schema": None, "strict": False}
+COMPLETE: dict[str, Callable[[Any], Any]] = {
+    "tools": _tools,
+    "text": _text_options,
+    "reasoning": _reasoning,
+}

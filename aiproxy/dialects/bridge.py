@@ -1,0 +1,234 @@
+"""A bridge: a client of the Responses API, an upstream that speaks something else.
+
+What the bridges share: when a request is translated, and how an answer is told by the one writer of
+Responses. `responses_repair` tells a Responses server's own answer in the same way.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from aiproxy import errors, sse
+from aiproxy.dialects import Answer, Asked, Dialect, Stream
+from aiproxy.dialects.bridge_request import Request, sort_tools
+from aiproxy.dialects.responses_parts import decode, encode
+from aiproxy.dialects.responses_writer import Writer
+from aiproxy.usage import estimate_output
+
+if TYPE_CHECKING:
+    from aiproxy.config import Route, Upstream
+    from aiproxy.envelope import Envelope
+    from aiproxy.errors import Outcome, ProxyError
+    from aiproxy.usage import Reason, Usage
+
+
+class Bridge(Dialect):
+    """See `Dialect`; the client's request is one of the Responses API."""
+
+    translates = True
+
+    def request(self, envelope: Envelope) -> Asked:
+        """Never asked for: what a client sends is read by the dialect that it speaks."""
+        raise NotImplementedError
+
+    def check(self, envelope: Envelope, asked: Asked, route: Route, upstream: Upstream) -> None:
+        """See `Dialect`. Tools that are to be left out are out of the envelope afterwards."""
+        asked.envelope = envelope  # for what a response repeats of it, also a JSON one
+        asked.dropped, asked.custom = sort_tools(
+            envelope, self.api, drop=route.unsupported_tools == "drop"
+        )
+        self.bound(envelope, asked, route)
+        self._translated(envelope, upstream, recalled=False)
+
+    def bound(self, envelope: Envelope, asked: Asked, route: Route) -> None:
+        """Declare an output maximum where the upstream wants one."""
+
+    def encode(self, envelope: Envelope, asked: Asked, upstream: Upstream) -> bytes:
+        """See `Dialect`."""
+        return encode(self._translated(envelope, upstream, recalled=asked.previous is not None))
+
+    def _translated(
+        self, envelope: Envelope, upstream: Upstream, *, recalled: bool
+    ) -> dict[str, Any]:
+        return self.translate(Request(envelope, self.api, recalled=recalled), upstream)
+
+    @abstractmethod
+    def translate(self, request: Request, upstream: Upstream) -> dict[str, Any]:
+        """The body that asks the upstream for the same.
+
+        Raises:
+            ProxyError: something cannot be expressed, or is malformed.
+        """
+
+    @abstractmethod
+    def stream(self, asked: Asked) -> BridgeStream:
+        """See `Dialect`."""
+
+    def answer(self, body: bytes, asked: Asked) -> Answer:
+        """See `Dialect`: as a stream of one frame."""
+        return self.stream(asked).told(body)
+
+
+class BridgeStream(Stream):
+    """See `Stream`. Every event is the writer's; none of the upstream's bytes pass.
+
+    Attributes:
+        events: whether events are made; else only the object.
+    """
+
+    def __init__(self, asked: Asked) -> None:
+        super().__init__(asked)
+        self.events = True
+        self._writer: Writer | None = None
+        self._ready = b""  # what may go before the terminal event
+        self._held = b""  # the terminal event
+
+    @property
+    def writer(self) -> Writer:
+        """Made when it is needed first: until then it is not known what in the object is ours."""
+        if self._writer is None:
+            self._writer = Writer(self.asked, events=self.events)
+            self.asked.envelope = None  # the writer repeats it: it need not stay in memory
+        return self._writer
+
+    def feed(self, raw: bytes) -> bytes:
+        """See `Stream`."""
+        name, data = sse.parse(raw)
+        if self.over:
+            return b""
+        if data is None:
+            return sse.COMMENT if raw.startswith(b":") else b""
+        try:
+            self.read(name, data)
+        except errors.ProxyError as error:
+            self.error = error
+        return self._taken()
+
+    def spill(self, part: bytes, *, ends: bool) -> bytes:  # noqa: ARG002 - what cannot be read cannot be told
+        """See `Stream`."""
+        if not self.over:
+            self.error = errors.upstream_error("The upstream sent an event that is too large.")
+        return b""
+
+    def told(self, body: bytes) -> Answer:
+        """A JSON answer, told as a response object.
+
+        Raises:
+            ProxyError: it is none, or the upstream failed.
+        """
+        self.events = False
+        document = self.document(body)
+        if document is None:
+            raise errors.upstream_error("The upstream's answer is not a JSON object.")
+        self.read_answer(document)
+        writer = self.writer
+        kept = writer.produced() if self.asked.keep and self.outcome != "failed" else None
+        return Answer(encode(writer.object()), self.outcome, self.usage, self.reason, kept)
+
+    @abstractmethod
+    def read_answer(self, document: dict[str, Any]) -> None:
+        """Tell the writer a whole answer, its end included."""
+
+    @abstractmethod
+    def read(self, name: bytes, data: bytes) -> None:
+        """Tell the writer what an event says.
+
+        Raises:
+            ProxyError: the upstream failed, or what it says is malformed.
+        """
+
+    @staticmethod
+    def document(data: bytes) -> dict[str, Any] | None:
+        """An object; None for anything else."""
+        try:
+            value = decode(data)
+        except (ValueError, RecursionError):
+            return None
+        return value if isinstance(value, dict) else None
+
+    def count(self, usage: Usage | None, reason: Reason | None, written: int = 0) -> None:
+        """Take the usage, if it is good.
+
+        Args:
+            usage: as it is accounted.
+            reason: why there is none.
+            written: input tokens that were written to a cache, which are among the input.
+        """
+        self.usage, self.reason = usage, reason
+        if usage is None:
+            self.writer.usage = None
+            return
+        self.writer.usage = {
+            "input_tokens": usage.total_input,
+            "input_tokens_details": {
+                "cached_tokens": usage.input_cached,
+                "cache_write_tokens": written,
+            },
+            "output_tokens": usage.total_output,
+            "output_tokens_details": {"reasoning_tokens": usage.output_reasoning},
+            "total_tokens": usage.total,
+        }
+
+    def conclude(self, outcome: Outcome, why: str = "") -> None:
+        """The answer is whole.
+
+        Args:
+            outcome: completed, incomplete or failed.
+            why: it is incomplete.
+        """
+        writer = self.writer
+        self.outcome = outcome
+        self.owes = False
+        writer.settle(outcome, why)
+        self._ready = writer.take()
+        writer.terminal()
+        self._held = writer.take()
+        if self.asked.keep and self.events and outcome != "failed":
+            self.produced = writer.produced()
+
+    def end(self) -> bytes:
+        """See `Stream`."""
+        held, self._held = self._held, b""
+        self.produced = None
+        self.over = self.whole = True
+        return held
+
+    def _taken(self) -> bytes:
+        writer = self._writer
+        if writer is None:
+            return b""
+        if writer.deltas:
+            self.output_started = True
+        ready, self._ready = self._ready, b""
+        out = ready + writer.take()
+        return out + self.end() if self._held and self.produced is None else out
+
+    def delivered(self) -> int:
+        """See `Stream`."""
+        writer = self._writer
+        return 0 if writer is None else estimate_output(writer.deltas, writer.size)
+
+    def fail(self, error: ProxyError, now: int) -> bytes:  # noqa: ARG002 - the writer knows the time
+        """See `Stream`: `response.failed`, after a `response.created` if nothing went before."""
+        self.writer.fail(error)
+        self.over = True
+        return self.writer.take()
+
+
+def declared(error: Any) -> ProxyError:
+    """What an upstream said went wrong, in the middle of an answer.
+
+    Args:
+        error: its account: an object with a message, or a text.
+    """
+    message = error.get("message") if isinstance(error, dict) else error
+    text = message if isinstance(message, str) and message else "The upstream reported an error."
+    said = (
+        {str(error.get(name)) for name in ("code", "type", "status")}
+        if isinstance(error, dict)
+        else set()
+    )
+    if said & {"429", "rate_limit_exceeded", "rate_limit_error"}:
+        return errors.ProxyError(429, "requests", "rate_limit_exceeded", text, outcome="failed")
+    return errors.upstream_error(text, outcome="failed")

@@ -1,0 +1,270 @@
+"""The Responses API over an upstream that speaks Chat Completions.
+
+A chat answer has one text, one reasoning and calls by index; a stream's frames are read like parts
+of one message, and a JSON answer like a stream of one frame. Where servers differ (calls without an
+index, or all with the same one; arguments that are no text; content as a list) each is read as it
+is meant.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING, Any
+
+from aiproxy import errors, usage
+from aiproxy.dialects.bridge import Bridge, BridgeStream, declared
+from aiproxy.dialects.chat_request import chat_request
+from aiproxy.dialects.responses_parts import encode
+
+if TYPE_CHECKING:
+    from aiproxy.config import Upstream
+    from aiproxy.dialects import Asked
+    from aiproxy.dialects.bridge_request import Request
+    from aiproxy.dialects.responses_parts import Item
+
+# Finish reasons that say more than that the answer is whole.
+_INCOMPLETE = {
+    "length": "max_output_tokens",
+    "max_tokens": "max_output_tokens",
+    "content_filter": "content_filter",
+}
+_FAILED = frozenset({"error", "insufficient_system_resource"})
+
+
+class ChatBridge(Bridge):
+    """See `Bridge`."""
+
+    api = "chat"
+    path = "/chat/completions"
+    output_fields = ("max_output_tokens",)
+
+    def translate(self, request: Request, upstream: Upstream) -> dict[str, Any]:
+        """See `Bridge`."""
+        return chat_request(request, send_reasoning=upstream.reasoning_content == "send")
+
+    def stream(self, asked: Asked) -> ChatBridgeStream:
+        """See `Dialect`."""
+        return ChatBridgeStream(asked)
+
+
+class _Call:
+    """A call that is open."""
+
+    __slots__ = ("call_id", "custom", "index", "item", "pieces")
+
+    def __init__(self, index: object, call_id: str, item: Item, *, custom: bool) -> None:
+        self.index = index
+        self.call_id = call_id
+        self.item = item
+        self.custom = custom
+        self.pieces: list[str] = []  # of a custom tool's arguments, until they are whole
+
+
+class ChatBridgeStream(BridgeStream):
+    """See `BridgeStream`. Whole with a finish reason; the usage may follow it."""
+
+    def __init__(self, asked: Asked) -> None:
+        super().__init__(asked)
+        self._calls: list[_Call] = []
+        self._finish: str | None = None
+
+    def read(self, name: bytes, data: bytes) -> None:
+        """See `BridgeStream`."""
+        if data == b"[DONE]":
+            if self._finish is not None:
+                self._conclude()
+            return
+        if not data.strip():
+            return  # some keep the connection alive by it
+        chunk = self.document(data)
+        if chunk is None:
+            if name == b"error":
+                raise errors.upstream_error("The upstream sent an error event that is not JSON.")
+            raise errors.upstream_error("The upstream sent an event that is not JSON.")
+        if chunk.get("error") is not None:
+            raise declared(chunk["error"])
+        self.writer.begin()
+        self._chunk(chunk)
+
+    def read_answer(self, document: dict[str, Any]) -> None:
+        """See `BridgeStream`."""
+        if document.get("error") is not None and not document.get("choices"):
+            raise declared(document["error"])
+        if not _has_message(document.get("choices")):
+            raise errors.upstream_error("The upstream's answer is not a chat completion.")
+        self.count(None, "missing")
+        self._chunk(document)
+        self._conclude()
+
+    def _chunk(self, chunk: dict[str, Any]) -> None:
+        given = chunk.get("usage")
+        if given is not None:
+            counted = usage.from_chat(given)
+            self.count(counted, None if counted is not None else "bad", _written(given))
+        if isinstance(tier := chunk.get("service_tier"), str):
+            self.writer.response["service_tier"] = tier
+        choices = chunk.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            if not isinstance(choice, dict) or choice.get("index") not in (0, None):
+                continue
+            said = choice.get("delta")
+            if said is None:
+                said = choice.get("message")
+            if isinstance(said, dict):
+                self._message(said, choice.get("logprobs"))
+            if isinstance(finish := choice.get("finish_reason"), str) and finish:
+                self._finish = finish
+                if finish in _FAILED:
+                    raise declared(choice.get("error") or chunk.get("error"))
+                self.owes = True
+
+    def close(self) -> bytes:
+        """See `Stream`."""
+        if self.owes:
+            self._conclude()
+        return self._taken()
+
+    def _conclude(self) -> None:
+        for call in self._calls:
+            if call.custom:
+                self._tell_custom(call)
+        why = _INCOMPLETE.get(self._finish or "")
+        self.conclude("completed" if why is None else "incomplete", why or "")
+
+    # -- what a message says
+
+    def _message(self, said: dict[str, Any], logprobs: Any) -> None:
+        writer = self.writer
+        thought = said.get("reasoning_content")
+        if not thought:
+            thought = said.get("reasoning")
+        if isinstance(thought, str) and thought:
+            writer.think(thought)
+        if content := said.get("content"):
+            self._content(content, logprobs)
+        refusal = said.get("refusal")
+        if isinstance(refusal, str) and refusal:
+            writer.refuse(refusal)
+        for each in said.get("annotations") or ():
+            if (citation := _citation(each)) is not None:
+                writer.cite(citation)
+        calls = said.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            if isinstance(call, dict):
+                self._call(call)
+
+    def _content(self, content: Any, logprobs: Any) -> None:
+        """A text; or a list of texts, and of thoughts that are lists again."""
+        if isinstance(content, str):
+            odds = logprobs.get("content") if isinstance(logprobs, dict) else None
+            self.writer.text(content, _logprobs(odds) if odds else None)
+        for part in content if isinstance(content, list) else ():
+            if not isinstance(part, dict):
+                continue
+            if part.get("type") == "thinking":
+                thoughts = part.get("thinking")
+                for each in thoughts if isinstance(thoughts, list) else [{"text": thoughts}]:
+                    if isinstance(each, dict) and isinstance(each.get("text"), str):
+                        self.writer.think(each["text"])
+            elif isinstance(part.get("text"), str) and part["text"]:
+                self.writer.text(part["text"])
+
+    def _call(self, said: dict[str, Any]) -> None:
+        function = said.get("function")
+        if not isinstance(function, dict):
+            function = {}
+        name = function.get("name")
+        call = self._known(said.get("index"), said.get("id"), name)
+        if call is None:
+            named = name if isinstance(name, str) else ""
+            custom = named in self.asked.custom
+            call_id = said.get("id")
+            if not isinstance(call_id, str) or not call_id:
+                call_id = f"call_{secrets.token_urlsafe(18)}"
+            item = self.writer.call(
+                "custom_tool_call" if custom else "function_call", named, call_id
+            )
+            call = _Call(said.get("index"), call_id, item, custom=custom)
+            self._calls.append(call)
+        arguments = function.get("arguments")
+        if isinstance(arguments, dict | list):  # some servers send the value itself
+            arguments = encode(arguments).decode()
+        if not isinstance(arguments, str) or not arguments:
+            return
+        if call.custom:
+            call.pieces.append(arguments)
+            self.writer.size += len(arguments)
+        else:
+            self.writer.delta(call.item.sinks[0], arguments)
+
+    def _known(self, index: object, call_id: object, name: object) -> _Call | None:
+        """The open call that is meant; None: it is a new one.
+
+        Some servers leave the index out, some give all calls the same one, some repeat the id or
+        leave it empty after the first piece.
+        """
+        if isinstance(call_id, str) and call_id:
+            for call in self._calls:
+                if call.call_id == call_id:
+                    return call
+            if name or index is None:
+                return None
+        if index is not None:
+            for call in reversed(self._calls):
+                if call.index == index:
+                    return call
+            return None
+        return None if name or not self._calls else self._calls[-1]
+
+    def _tell_custom(self, call: _Call) -> None:
+        """The input of a custom tool: it is known once the arguments that hold it are whole."""
+        arguments = "".join(call.pieces)
+        document = self.document(arguments.encode("utf-8", "surrogatepass"))
+        given = None if document is None else document.get("input")
+        self.writer.delta(call.item.sinks[0], given if isinstance(given, str) else arguments)
+
+
+def _has_message(choices: Any) -> bool:
+    first = choices[0] if isinstance(choices, list) and choices else None
+    return isinstance(first, dict) and isinstance(first.get("message"), dict)
+
+
+def _written(given: Any) -> int:
+    """Input tokens that were written to a cache."""
+    details = given.get("prompt_tokens_details") if isinstance(given, dict) else None
+    written = details.get("cache_write_tokens") if isinstance(details, dict) else 0
+    return written if type(written) is int and written >= 0 else 0
+
+
+def _logprobs(given: Any) -> list[dict[str, Any]]:
+    if not isinstance(given, list):
+        return []
+    return [
+        {**_odds(each), "top_logprobs": [_odds(top) for top in each.get("top_logprobs") or ()]}
+        for each in given
+        if isinstance(each, dict)
+    ]
+
+
+def _odds(each: dict[str, Any]) -> dict[str, Any]:
+    token = str(each.get("token", ""))
+    known = each.get("bytes")
+    return {
+        "token": token,
+        "logprob": each.get("logprob", 0.0),
+        "bytes": list(token.encode("utf-8", "replace")) if known is None else known,
+    }
+
+
+def _citation(each: Any) -> dict[str, Any] | None:
+    """An annotation of a chat message, as the Responses API has it."""
+    cited = each.get("url_citation") if isinstance(each, dict) else None
+    if not isinstance(cited, dict):
+        return None
+    return {
+        "type": "url_citation",
+        "url": str(cited.get("url", "")),
+        "title": str(cited.get("title", "")),
+        "start_index": cited.get("start_index") or 0,
+        "end_index": cited.get("end_index") or 0,
+    }
