@@ -13,8 +13,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from real.daemon import serving
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from real.daemon import Daemon
 
 START_LIMIT = 60.0
 
@@ -64,6 +68,13 @@ def llama_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+@pytest.fixture(scope="session")
+def daemon(llama_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """Run one daemon for the tests that leave it as they found it."""
+    with serving(llama_server, tmp_path_factory.mktemp("aiproxy")) as running:
+        yield running
 
 
 def _model_file() -> Path:

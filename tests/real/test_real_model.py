@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import http.client
-import json
-import os
 import secrets
 import signal
-import socket
-import subprocess
-import sys
-import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import anthropic
 import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
+
+from real.daemon import Tokens, answers, busy_slots, serving, until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
+
+    from real.daemon import Daemon
 
 # The first test waits for two processes to start; a stream takes seconds on one core.
 pytestmark = [pytest.mark.real, pytest.mark.timeout(120)]
@@ -36,165 +29,10 @@ LONG = 1500
 SLOT_LIMIT = 2.0
 
 
-@dataclass(frozen=True)
-class Daemon:
-    """A running `aiproxy serve`: where it listens, the key it knows, its process and its log."""
-
-    listen: str
-    admin: str
-    key: str
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    def openai(self, key: str | None = None) -> openai.OpenAI:
-        """Give an OpenAI client of this daemon that tries once."""
-        return openai.OpenAI(
-            base_url=f"http://{self.listen}/v1", api_key=key or self.key, max_retries=0
-        )
-
-    def anthropic(self, key: str | None = None) -> anthropic.Anthropic:
-        """Give an Anthropic client of this daemon that tries once."""
-        return anthropic.Anthropic(
-            base_url=f"http://{self.listen}", api_key=key or self.key, max_retries=0
-        )
-
-    def metric(self, name: str, **labels: str) -> float:
-        """Add up the samples of one metric that carry these labels."""
-        status, text = _get(self.admin, "/metrics")
-        assert status == 200
-        return sum(
-            sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.name == name and labels.items() <= sample.labels.items()
-        )
-
-    def tokens(self) -> Tokens:
-        """Read what `aiproxy_tokens_total` has counted for the test's key and route."""
-
-        def count(kind: str) -> int:
-            return int(self.metric("aiproxy_tokens_total", route="smol", key="real", type=kind))
-
-        return Tokens(count("input"), count("input_cached"), count("output"))
-
-    def spent_since(self, before: Tokens) -> Tokens:
-        """Wait until the last request is over and counted, and give what it added."""
-        _until("the tokens are counted", lambda: self.tokens().output > before.output)
-        _until("no request is open", lambda: self.metric("aiproxy_requests_in_flight") == 0)
-        after = self.tokens()
-        return Tokens(
-            after.input - before.input,
-            after.input_cached - before.input_cached,
-            after.output - before.output,
-        )
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Tokens by kind; the kinds are disjoint."""
-
-    input: int
-    input_cached: int
-    output: int
-
-
-def _until(what: str, holds: Callable[[], bool], limit: float = 10.0, every: float = 0.02) -> None:
-    """Poll until it holds; fail after `limit` seconds."""
-    start = time.monotonic()
-    while not holds():
-        if time.monotonic() - start > limit:
-            pytest.fail(f"not within {limit} s: {what}")
-        time.sleep(every)
-
-
-def _get(host: str, path: str) -> tuple[int, str]:
-    with contextlib.closing(http.client.HTTPConnection(host, timeout=10)) as connection:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        return response.status, response.read().decode()
-
-
-def _answers(host: str, path: str, status: int) -> bool:
-    try:
-        return _get(host, path)[0] == status
-    except (OSError, http.client.HTTPException):
-        return False
-
-
-def _busy_slots(llama_server: str) -> int:
-    """Ask llama.cpp how many of its slots are generating."""
-    _, text = _get(llama_server.removeprefix("http://").removesuffix("/v1"), "/slots")
-    return sum(slot["is_processing"] for slot in json.loads(text))
-
-
-def _two_free_ports() -> tuple[int, int]:
-    with socket.socket() as one, socket.socket() as other:
-        one.bind(("127.0.0.1", 0))
-        other.bind(("127.0.0.1", 0))
-        return one.getsockname()[1], other.getsockname()[1]
-
-
-@contextlib.contextmanager
-def _serving(llama_server: str, folder: Path) -> Iterator[Daemon]:
-    """Run `aiproxy serve` before the model until the block ends."""
-    key = "sk-aip-" + secrets.token_urlsafe(32)
-    listen, admin = (f"127.0.0.1:{port}" for port in _two_free_ports())
-    config = folder / "aiproxy.yaml"
-    config.write_text(f"""\
-listen: {listen}
-admin: {admin}
-upstreams:
-  llama:
-    url: {llama_server}
-    apis: [chat, messages, embeddings, responses]
-routes:
-  - model: smol
-    upstreams:
-      - {{name: llama, model: smollm2}}
-keys:
-  real:
-    sha256: "{hashlib.sha256(key.encode()).hexdigest()}"
-drain: {{delay: 0s, timeout: 30s}}
-""")
-    log_file = folder / "aiproxy.log"
-    with (
-        log_file.open("wb") as log,
-        subprocess.Popen(  # noqa: S603  (our own interpreter, our own program)
-            [sys.executable, "-m", "aiproxy", "serve", "--config", str(config)],
-            env={**os.environ, "STATE_DIRECTORY": str(folder)},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        ) as process,
-    ):
-        daemon = Daemon(listen, admin, key, process, log_file)
-        try:
-            _until(
-                "aiproxy is ready",
-                lambda: process.poll() is not None or _answers(admin, "/-/ready", 200),
-                limit=30,
-            )
-            assert process.poll() is None, log_file.read_text(errors="replace")
-            yield daemon
-        finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-@pytest.fixture(scope="module")
-def daemon(llama_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """Run one daemon for the tests that leave it as they found it."""
-    with _serving(llama_server, tmp_path_factory.mktemp("aiproxy")) as running:
-        yield running
-
-
 @pytest.fixture
 def own_daemon(llama_server: str, tmp_path: Path) -> Iterator[Daemon]:
     """Run a daemon for one test that ends it or leaves open work behind."""
-    with _serving(llama_server, tmp_path) as running:
+    with serving(llama_server, tmp_path) as running:
         yield running
 
 
@@ -257,7 +95,7 @@ def test_chat_stream_without_usage_shows_none_and_is_counted_all_the_same(daemon
             max_tokens=1,
             temperature=0,
         )
-        _until("no request is open", lambda: daemon.metric("aiproxy_requests_in_flight") == 0)
+        until("no request is open", lambda: daemon.metric("aiproxy_requests_in_flight") == 0)
         before = daemon.tokens()
         estimated = daemon.metric("aiproxy_usage_estimated_total")
         with client.chat.completions.create(
@@ -377,7 +215,9 @@ def test_answers_name_their_request_and_their_upstream(daemon: Daemon) -> None:
 def test_models_are_the_routes(daemon: Daemon) -> None:
     """The model list shows the route's name and nothing of the upstream's."""
     with daemon.openai() as client:
-        assert [model.id for model in client.models.list()] == ["smol"]
+        assert [model.id for model in client.models.list()] == [
+            "smol", "over-chat", "over-messages", "normalized",
+        ]  # fmt: skip
 
 
 def test_unknown_model_is_not_found_for_both_sdks(daemon: Daemon) -> None:
@@ -427,9 +267,9 @@ def test_chat_client_that_leaves_mid_stream_frees_the_slot(
         ) as stream,
     ):
         assert any(chunk.choices[0].delta.content for chunk in stream)
-        assert _busy_slots(llama_server) >= 1
-    _until("the slot is idle", lambda: _busy_slots(llama_server) == 0, SLOT_LIMIT)
-    _until(
+        assert busy_slots(llama_server) >= 1
+    until("the slot is idle", lambda: busy_slots(llama_server) == 0, SLOT_LIMIT)
+    until(
         "the disconnect is counted",
         lambda: own_daemon.metric("aiproxy_client_disconnects_total", phase="streaming") == 1,
     )
@@ -449,8 +289,8 @@ def test_messages_client_that_leaves_mid_stream_frees_the_slot(
         ) as stream,
     ):
         assert any(stream.text_stream)
-        assert _busy_slots(llama_server) >= 1
-    _until("the slot is idle", lambda: _busy_slots(llama_server) == 0, SLOT_LIMIT)
+        assert busy_slots(llama_server) >= 1
+    until("the slot is idle", lambda: busy_slots(llama_server) == 0, SLOT_LIMIT)
 
 
 def test_client_that_gives_up_on_a_json_answer_frees_the_slot(
@@ -465,13 +305,13 @@ def test_client_that_gives_up_on_a_json_answer_frees_the_slot(
             timeout=1,
             extra_body=ENDLESS,
         )
-    _until(
+    until(
         "the disconnect is counted",
         lambda: own_daemon.metric("aiproxy_client_disconnects_total", phase="waiting") == 1,
     )
     # While it makes a JSON answer llama.cpp looks at its client only after a whole second without
     # any other task, and /slots is one: asked more often, it never looks.
-    _until("the slot is idle", lambda: _busy_slots(llama_server) == 0, limit=5, every=1.3)
+    until("the slot is idle", lambda: busy_slots(llama_server) == 0, limit=5, every=1.3)
 
 
 def test_sigterm_lets_a_running_stream_finish(own_daemon: Daemon) -> None:
@@ -489,7 +329,7 @@ def test_sigterm_lets_a_running_stream_finish(own_daemon: Daemon) -> None:
     ):
         first = next(stream)
         own_daemon.process.send_signal(signal.SIGTERM)
-        _until("draining shows", lambda: _answers(own_daemon.admin, "/-/ready", 503))
+        until("draining shows", lambda: answers(own_daemon.admin, "/-/ready", 503))
         rest = list(stream)
     assert first.choices[0].finish_reason is None
     assert [c.choices[0].finish_reason for c in rest if c.choices][-1] == "length"
