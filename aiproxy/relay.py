@@ -114,8 +114,9 @@ class Relay:
         if not self._stream.owes:
             self._patience = 0.0
             return await answer.chunk()
-        now = asyncio.get_running_loop().time()
-        self._patience = self._patience or now + PATIENCE
+        if not self._patience:
+            self._patience = asyncio.get_running_loop().time() + PATIENCE
+        self._call.watch.enter("none", 0)  # the answer is whole: it is not late any more
         try:
             async with asyncio.timeout_at(self._patience):
                 return await answer.chunk()
