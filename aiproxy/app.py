@@ -104,7 +104,7 @@ class App:
         """`/v1/responses/{id}` and below it."""
         response_id, _, verb = path.removeprefix("/v1/responses/").partition("/")
         allowed = {"": "GET, HEAD, DELETE", "input_items": "GET, HEAD", "cancel": "POST"}.get(verb)
-        if allowed is None or not response_id or response_id == "compact":
+        if allowed is None or not response_id or response_id in ("compact", "input_tokens"):
             return "none", _raise(errors.unknown_url(method, path))
         if method not in allowed.split(", "):
             return "response", _raise(errors.method_not_allowed(method, allowed))

@@ -24,10 +24,14 @@ NARROW = "sk-aip-narrow"
 
 CONFIG: dict[str, Any] = {
     "max_body": "64KiB",
-    "upstreams": {"chatty": {"url": "http://127.0.0.1:9/v1", "apis": ["chat"]}},
+    "upstreams": {
+        "chatty": {"url": "http://127.0.0.1:9/v1", "apis": ["chat"]},
+        "vectors": {"url": "http://127.0.0.1:9/v1", "apis": ["embeddings"]},
+    },
     "routes": [
         {"model": "gpt-test", "upstreams": ["scripted"], "max_output_tokens": 100},
         {"model": "chat-only", "upstreams": ["chatty"]},
+        {"model": "embeddings-only", "upstreams": ["vectors"]},
     ],
     "keys": {
         "off": {"sha256": key_hash(DISABLED), "disabled": True},
@@ -129,7 +133,7 @@ UNSUPPORTED: list[tuple[str, dict[str, Any], str]] = [
     (R, {"conversation": "conv_1"}, "conversation"),
     (R, {"conversation": {"id": "conv_1"}}, "conversation"),
     (E, {"stream": True}, "stream"),
-    (R, {"model": "chat-only", "stream": True}, "model"),
+    (R, {"model": "embeddings-only", "stream": True}, "model"),
     (M, {"model": "chat-only"}, "model"),
     (E, {"model": "chat-only"}, "model"),
 ]

@@ -198,14 +198,21 @@ async def test_own_errors(proxy: Proxy, ask: Any, kind: Any, name: str) -> None:
     assert caught.value.body["error"]["type"] == name
 
 
-async def test_tokens_are_not_counted_yet(proxy: Proxy, upstream: ScriptedUpstream) -> None:
-    """`count_tokens` is a path that does not exist here, so the SDK says NotFoundError."""
+async def test_tokens_are_counted(proxy: Proxy, upstream: ScriptedUpstream) -> None:
+    """The SDK's `count_tokens` gets what the upstream counted."""
+    upstream.script(json_answer({"input_tokens": 7}))
     async with proxy.anthropic() as client:
-        with pytest.raises(anthropic.NotFoundError) as caught:
+        counted = await client.messages.count_tokens(model="gpt-test", messages=ASK["messages"])
+    assert counted.input_tokens == 7
+    assert upstream.requests[-1].path == "/v1/messages/count_tokens"
+
+
+async def test_tokens_that_nobody_counts(proxy: Proxy, upstream: ScriptedUpstream) -> None:
+    """Where the upstream has no such path the SDK says NotFoundError."""
+    upstream.script(json_answer({"error": "no such path"}, 404))
+    async with proxy.anthropic() as client:
+        with pytest.raises(anthropic.NotFoundError):
             await client.messages.count_tokens(model="gpt-test", messages=ASK["messages"])
-    assert caught.value.body is not None
-    assert caught.value.type == "not_found_error"
-    assert upstream.requests == []
 
 
 REFUSALS: list[Any] = [
