@@ -70,16 +70,55 @@ class Bridge(Dialect):
         return self.stream(asked).told(body)
 
 
+class Alike:
+    """Frames that differ in their text alone: most of a stream, and cheap to read for it."""
+
+    __slots__ = ("_head", "_tail")
+
+    def __init__(self) -> None:
+        self._head = b""
+        self._tail = b""
+
+    def text_of(self, raw: bytes) -> str | None:
+        """The text of a frame like the one before; None where that is not sure at a glance."""
+        head, tail = self._head, self._tail
+        if not head or not raw.startswith(head) or not raw.endswith(tail):
+            return None
+        inner = raw[len(head) : -len(tail)]
+        if b'"' in inner or b"\\" in inner or len(head) + len(tail) >= len(raw):
+            return None
+        try:
+            text = inner.decode()
+        except UnicodeDecodeError:
+            return None
+        return text if text.isprintable() else None
+
+    def learn(self, raw: bytes, text: str) -> None:
+        """This frame says this text, and nothing else."""
+        self._head = b""
+        inner = text.encode("utf-8", "replace")
+        at = raw.find(b'"%b"' % inner)
+        if at >= 0 and raw.find(b'"%b"' % inner, at + 1) < 0:
+            self._head, self._tail = raw[: at + 1], raw[at + 1 + len(inner) :]
+
+    def forget(self) -> None:
+        """Something else came."""
+        self._head = b""
+
+
 class BridgeStream(Stream):
     """See `Stream`. Every event is the writer's; none of the upstream's bytes pass.
 
     Attributes:
         events: whether events are made; else only the object.
+        only: the text of a frame that said nothing else, as `read` found it.
     """
 
     def __init__(self, asked: Asked) -> None:
         super().__init__(asked)
         self.events = True
+        self.only: str | None = None
+        self._alike = Alike()
         self._writer: Writer | None = None
         self._ready = b""  # what may go before the terminal event
         self._held = b""  # the terminal event
@@ -94,15 +133,23 @@ class BridgeStream(Stream):
 
     def feed(self, raw: bytes) -> bytes:
         """See `Stream`."""
-        name, data = sse.parse(raw)
         if self.over:
             return b""
-        if data is None:
-            return sse.COMMENT if raw.startswith(b":") else b""
         try:
+            if (text := self._alike.text_of(raw)) is not None:
+                self.writer.text(text)
+                return self.writer.take()
+            name, data = sse.parse(raw)
+            if data is None:
+                return sse.COMMENT if raw.startswith(b":") else b""
+            self.only = None
             self.read(name, data)
         except errors.ProxyError as error:
             self.error = error
+        if self.only is None:
+            self._alike.forget()
+        else:
+            self._alike.learn(raw, self.only)
         return self._taken()
 
     def spill(self, part: bytes, *, ends: bool) -> bytes:  # noqa: ARG002 - what cannot be read cannot be told

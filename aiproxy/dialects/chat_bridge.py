@@ -103,8 +103,9 @@ class ChatBridgeStream(BridgeStream):
             self.count(counted, None if counted is not None else "bad", _written(given))
         if isinstance(tier := chunk.get("service_tier"), str):
             self.writer.response["service_tier"] = tier
-        choices = chunk.get("choices")
-        for choice in choices if isinstance(choices, list) else ():
+        given = chunk.get("choices")
+        choices: list[Any] = given if isinstance(given, list) else []
+        for choice in choices:
             if not isinstance(choice, dict) or choice.get("index") not in (0, None):
                 continue
             said = choice.get("delta")
@@ -112,6 +113,8 @@ class ChatBridgeStream(BridgeStream):
                 said = choice.get("message")
             if isinstance(said, dict):
                 self._message(said, choice.get("logprobs"))
+                if len(said) == 1 and len(choices) == 1 and "usage" not in chunk:
+                    self.only = _plain(said, choice)
             if isinstance(finish := choice.get("finish_reason"), str) and finish:
                 self._finish = finish
                 if finish in _FAILED:
@@ -222,6 +225,14 @@ class ChatBridgeStream(BridgeStream):
         document = self.document(arguments.encode("utf-8", "surrogatepass"))
         given = None if document is None else document.get("input")
         self.writer.delta(call.item.sinks[0], given if isinstance(given, str) else arguments)
+
+
+def _plain(said: dict[str, Any], choice: dict[str, Any]) -> str | None:
+    """The text of a choice that says nothing else."""
+    text = said.get("content")
+    if not isinstance(text, str) or choice.get("logprobs") or choice.get("finish_reason"):
+        return None
+    return text or None
 
 
 def _has_message(choices: Any) -> bool:

@@ -189,6 +189,7 @@ class MessagesBridgeStream(BridgeStream):
                 self._cite(delta.get("citation"))
             elif isinstance(text, str) and text:
                 self.writer.text(text)
+                self.only = text
         elif not isinstance(text, str) or not text:
             return
         elif delta["type"] == "signature_delta":

@@ -49,6 +49,7 @@ class Writer:
         self._sequence = 0
         self._begun = False
         self._open: list[Item] = []
+        self._speaker: Item | None = None  # the message or reasoning that is open
 
     # -- what is to be sent
 
@@ -142,6 +143,8 @@ class Writer:
         item = Item(kind, item_id, index, {} if more is None else more)
         self.output.append(item)
         self._open.append(item)
+        if kind not in CALLS:
+            self._speaker = item
         self.emit(
             "response.output_item.added",
             {"output_index": index, "item": item.encoded(empty=True)},
@@ -221,6 +224,8 @@ class Writer:
         if item.status is not None:
             item.status = status
         self._open.remove(item)
+        if self._speaker is item:
+            self._speaker = None
         self.emit("response.output_item.done", {"output_index": item.index, "item": item.encoded()})
 
     # -- what an upstream says, in its order
@@ -249,14 +254,14 @@ class Writer:
             name: of the tool.
             call_id: under which its output will be given.
         """
-        self._close()
+        self.pause()
         return self.add(kind, {"call_id": call_id, "name": name})
 
     def open(self, kind: str, part: str = "") -> Item:
         """A message or reasoning that goes on, else begins; with a part that begins."""
-        item = self._current()
+        item = self._speaker
         if item is None or item.type != kind:
-            self._close()
+            self.pause()
             item = self.add(kind)
         if part:
             self.part(item, part)
@@ -264,24 +269,16 @@ class Writer:
 
     def end_text(self) -> None:
         """The part of the message that is open ends; the message goes on."""
-        item = self._current()
-        if item is not None and item.sink is not None:
-            self.end_part(item.sink)
+        if self._speaker is not None and (sink := self._speaker.sink) is not None:
+            self.end_part(sink)
 
     def pause(self) -> None:
         """The text or the reasoning that is open ends here: what follows is apart from it."""
-        self._close()
+        if self._speaker is not None:
+            self.end(self._speaker)
 
     def _speaking(self, kind: str, part: str) -> Sink:
         """The open part of that kind; where there is none it begins."""
         item = self.open(kind)
         sink = item.sink
         return sink if sink is not None and sink.kind == part else self.part(item, part)
-
-    def _current(self) -> Item | None:
-        """The message or reasoning that is open: at most one is."""
-        return next((each for each in self._open if each.type not in CALLS), None)
-
-    def _close(self) -> None:
-        if (item := self._current()) is not None:
-            self.end(item)
