@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from aiproxy import errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from aiproxy.config import Key, Route, Target
 
@@ -96,25 +96,61 @@ class Router:
 _BRIDGED = frozenset({"responses", "chat", "messages"})  # what /v1/responses can be served by
 
 
-def targets(route: Route, api: str, prefer: str | None = None) -> Sequence[Target]:
+class Balance:
+    """Whose turn it is among the targets of a tier: smooth weighted round robin, as in nginx.
+
+    Each target gains its weight at every choice, and the one that is chosen loses all that was
+    gained: so each gets its share, spread as evenly as it can be.
+    """
+
+    def __init__(self) -> None:
+        self._gained: dict[tuple[str, int], int] = {}  # by route, and position among its targets
+
+    def in_turn(self, route: str, tier: Sequence[tuple[int, Target]]) -> list[Target]:
+        """Those of a tier, the one whose turn it is first, then who waits longest."""
+        if len(tier) == 1:
+            return [tier[0][1]]
+        gained = self._gained
+        for position, target in tier:
+            gained[route, position] = gained.get((route, position), 0) + target.weight
+        in_order = sorted(tier, key=lambda pair: -gained[route, pair[0]])
+        gained[route, in_order[0][0]] -= sum(target.weight for _, target in tier)
+        return [target for _, target in in_order]
+
+
+def targets(
+    route: Route,
+    api: str,
+    balance: Balance,
+    ready: Callable[[Target], bool],
+    prefer: str | None = None,
+) -> list[Target]:
     """The targets of a route in the order in which they are tried.
 
     Args:
         route: of the model.
         api: what is asked for.
+        balance: whose turn it is.
+        ready: whether a target takes requests now; the others come not at all.
         prefer: the upstream that a conversation is with, where the route has it.
 
     Raises:
         ProxyError: none of them speaks `api`, or what it can be bridged to.
     """
     served_by = _BRIDGED if api == "responses" else {api}
-    first = route.targets[0]
-    for target in route.targets if prefer is not None else ():
-        if target.name == prefer and served_by & target.upstream.apis:
-            first = target
-            break
-    if not served_by & first.upstream.apis:
+    speaking = [
+        (position, target)
+        for position, target in enumerate(route.targets)
+        if served_by & target.upstream.apis
+    ]
+    if not speaking:
         raise errors.unsupported_parameter(
             "model", f"The model `{errors.shown(route.model)}` is not served on this endpoint."
         )
-    return (first,)
+    usable = [pair for pair in speaking if ready(pair[1])]
+    found: list[Target] = []
+    for tier in sorted({target.tier for _, target in usable}):
+        found += balance.in_turn(route.model, [p for p in usable if p[1].tier == tier])
+    if prefer is not None:
+        found.sort(key=lambda target: target.name != prefer)  # stable: all else stays
+    return found

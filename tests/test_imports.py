@@ -14,7 +14,7 @@ CONNECTED += "upstream_pool watch body listener reply metrics logs tracing syste
 LAYERS = [
     "errors sse usage headers jsontext coding prompt_size",
     "envelope",
-    "limits routes sessions dialects auth recent",
+    "limits routes sessions dialects auth recent breaker standing",
     "exchange",
     CONNECTED,
     "snapshot session_gate call conversation relay proxy stored counting",
@@ -29,6 +29,7 @@ PURE = 3  # up to this layer nothing knows a clock, a loop, a socket or a log
 IMPURE = {"asyncio", "aiohttp", "socket", "sqlite3", "time", "structlog", "uvloop", "threading"}
 
 SAME_LAYER = {
+    ("standing", "breaker"),
     ("proxy", "call"),
     ("proxy", "relay"),
     ("proxy", "conversation"),

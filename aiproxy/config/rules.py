@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from aiproxy.config.document import Document, Mistake, Steps
 
 NOT_YET: Mapping[str, str | int | bool | list[str] | None] = {
-    "upstreams.*.max_concurrent": None,
     "upstreams.*.propagate_trace": False,
     "routes.*.retry_unsafe": False,
     "routes.*.account_objects": "allow",

@@ -1,0 +1,104 @@
+"""When an upstream that fails is left alone, and for how long.
+
+Closed: requests go to it. After so many failures in a row it is open: none do, until its cooldown
+has passed; then one goes, the probe. If that succeeds it is closed again, else it is open for twice
+as long, up to a maximum. A refused credential opens it at once: no request would fare better. What
+an upstream says itself (`Retry-After`) lengthens the wait.
+
+Pure: the caller brings the time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+State = Literal["closed", "open", "half-open"]
+
+
+class Breaker:
+    """Of one upstream. Times are of one monotonic clock, in seconds.
+
+    Args:
+        failures: in a row that open it.
+        cooldown: seconds, the first time.
+        max_cooldown: seconds at most, as it doubles.
+        told: called with each new state and the seconds until the next probe.
+    """
+
+    def __init__(
+        self,
+        failures: int,
+        cooldown: float,
+        max_cooldown: float,
+        told: Callable[[State, float], None],
+    ) -> None:
+        self.configure(failures, cooldown, max_cooldown)
+        self._told = told
+        self.state: State = "closed"
+        self._row = 0  # failures since the last success
+        self._times = 0  # that it opened since it was closed
+        self._until = 0.0
+
+    def configure(self, failures: int, cooldown: float, max_cooldown: float) -> None:
+        """Take another configuration; what happened so far stays."""
+        self._failures = failures
+        self._cooldown = cooldown
+        self._max_cooldown = max(cooldown, max_cooldown)
+
+    def admits(self, now: float) -> bool:
+        """Whether a request may go; of an open one whose cooldown has passed one may, the probe.
+
+        Whoever is admitted tells how it went: `succeeded`, `failed`, `refused` or `unknown`.
+        """
+        if self.state == "closed":
+            return True
+        if self.state == "half-open" or now < self._until:
+            return False
+        self._become("half-open", 0.0)
+        return True
+
+    def wait(self, now: float) -> float:
+        """Seconds until a request may go, as far as is known."""
+        if self.state == "closed":
+            return 0.0
+        return max(0.0, self._until - now)
+
+    def succeeded(self) -> None:
+        """The upstream has answered, with a success or with a refusal of its own."""
+        self._row = self._times = 0
+        self._become("closed", 0.0)
+
+    def failed(self, now: float, retry_after: float = 0.0) -> None:
+        """It has not, or said that it cannot; `retry_after`: seconds, as it asks for."""
+        self._row += 1
+        if self.state == "half-open" or self._row >= self._failures:
+            self._open(now, retry_after)
+
+    def refused(self, now: float) -> None:
+        """It does not take our credential."""
+        self._row = max(self._row + 1, self._failures)
+        self._open(now, 0.0)
+
+    def unknown(self) -> None:
+        """The request ended before anything was known: a probe leaves room for another."""
+        if self.state == "half-open":
+            self._become("open", 0.0)
+
+    def _open(self, now: float, retry_after: float) -> None:
+        if self.state == "open" and now < self._until:
+            # Others that were under way failed, too: nothing new, but what it asks for.
+            self._until = max(self._until, now + min(retry_after, self._max_cooldown))
+            return
+        cooldown = min(self._cooldown * 2.0 ** min(self._times, 32), self._max_cooldown)
+        cooldown = max(cooldown, min(retry_after, self._max_cooldown))
+        self._times += 1
+        self._until = now + cooldown
+        self._become("open", cooldown)
+
+    def _become(self, state: State, seconds: float) -> None:
+        if state != self.state:
+            self.state = state
+            self._told(state, seconds)

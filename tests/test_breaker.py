@@ -1,0 +1,148 @@
+"""When an upstream is left alone: the breaker, and what stands beside it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiproxy.breaker import Breaker
+from aiproxy.standing import Standings
+from rig import config_text, load
+
+FAILURES, COOLDOWN, MOST = 3, 5.0, 60.0
+
+
+def breaker(told: list[tuple[str, float]] | None = None) -> Breaker:
+    """Return one that notes its transitions."""
+    noted: list[tuple[str, float]] = [] if told is None else told
+    return Breaker(FAILURES, COOLDOWN, MOST, lambda state, left: noted.append((state, left)))
+
+
+def play(made: Breaker, steps: Sequence[tuple[Any, ...]]) -> list[object]:
+    """Do what each step names; return what was answered."""
+    return [getattr(made, name)(*args) for name, *args in steps]
+
+
+def test_failures_in_a_row_open_it() -> None:
+    """So many failures in a row open it, for the cooldown; a success in between starts anew."""
+    told: list[tuple[str, float]] = []
+    made = breaker(told)
+    play(made, [("failed", 0.0), ("failed", 0.0), ("succeeded",), ("failed", 0.0), ("failed", 0.0)])
+    assert (made.state, made.admits(0.0), told) == ("closed", True, [])
+    made.failed(1.0)
+    assert told == [("open", COOLDOWN)]
+    assert [made.admits(at) for at in (1.0, 5.9)] == [False, False]
+    assert made.wait(2.0) == 4.0
+
+
+def test_one_probe() -> None:
+    """After the cooldown one request goes; until it is known how it went no other does."""
+    made = breaker()
+    play(made, [("failed", 0.0)] * FAILURES)
+    assert [made.admits(5.0), made.admits(5.0), made.state] == [True, False, "half-open"]
+    made.succeeded()
+    assert [made.state, made.admits(5.0), made.admits(5.0)] == ["closed", True, True]
+
+
+def test_a_probe_that_ends_without_a_word() -> None:
+    """A probe whose client left leaves room for another at once."""
+    made = breaker()
+    play(made, [("failed", 0.0)] * FAILURES)
+    assert made.admits(5.0)
+    made.unknown()
+    assert made.admits(5.0)
+
+
+def test_the_cooldown_doubles() -> None:
+    """Each probe that fails doubles the cooldown, to its maximum; a success begins anew."""
+    told: list[tuple[str, float]] = []
+    made = breaker(told)
+    play(made, [("failed", 0.0)] * FAILURES)
+    now = 0.0
+    for _ in range(6):
+        now += MOST
+        assert made.admits(now)
+        made.failed(now)
+    waits = [left for state, left in told if state == "open"]
+    assert waits == [5.0, 10.0, 20.0, 40.0, 60.0, 60.0, 60.0]
+    assert made.admits(now + MOST)
+    made.succeeded()
+    play(made, [("failed", 0.0)] * FAILURES)
+    assert told[-1] == ("open", COOLDOWN)
+
+
+@pytest.mark.parametrize(("asked", "wait"), [(1.0, 5.0), (30.0, 30.0), (9999.0, 60.0)])
+def test_what_the_upstream_asks_for(asked: float, wait: float) -> None:
+    """Its Retry-After lengthens the cooldown, never beyond the maximum."""
+    made = breaker()
+    play(made, [("failed", 0.0), ("failed", 0.0), ("failed", 0.0, asked)])
+    assert made.wait(0.0) == wait
+
+
+def test_requests_under_way_when_it_opens() -> None:
+    """Their failures do not double anything: they are of the same time."""
+    told: list[tuple[str, float]] = []
+    made = breaker(told)
+    play(made, [("failed", 0.0)] * (FAILURES + 5))
+    assert told == [("open", COOLDOWN)]
+    made.failed(0.0, 20.0)
+    assert made.wait(0.0) == 20.0
+
+
+def test_a_refused_credential() -> None:
+    """It opens at once: no other request would fare better."""
+    made = breaker()
+    made.refused(0.0)
+    assert (made.state, made.wait(0.0)) == ("open", COOLDOWN)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["admit", "failed", "succeeded", "refused", "unknown"]),
+            st.floats(0.0, 20.0),
+        )
+    )
+)
+def test_never_two_probes(steps: list[tuple[str, float]]) -> None:
+    """Whatever happens, an open breaker admits nobody before its time, and one probe at a time."""
+    made = breaker()
+    now = 0.0
+    probing = False
+    for step, after in steps:
+        now += after
+        state, left = made.state, made.wait(now)
+        if step == "admit":
+            admitted = made.admits(now)
+            assert admitted == (state == "closed" or (state == "open" and left == 0))
+            probing = probing or (admitted and state == "open")
+        elif probing or state == "closed":
+            args = (now,) if step in ("failed", "refused") else ()
+            getattr(made, step)(*args)
+            probing = False
+        assert made.wait(now) <= MOST
+
+
+def test_a_full_upstream_and_reloads() -> None:
+    """`max_concurrent` bounds what is under way; a reload changes bounds, and forgets nothing."""
+    told: list[tuple[str, str, float]] = []
+
+    def config(**changes: Any) -> Any:
+        text = config_text("http://127.0.0.1:1/v1", upstreams={"scripted": changes})
+        return load(text)
+
+    standings = Standings(config(max_concurrent=1), lambda *what: told.append(what))
+    standing = standings["scripted"]
+    assert [standing.enter(0.0), standing.enter(0.0)] == [True, False]
+    assert standing.wait(0.0) > 0
+    standings.configure(config(max_concurrent=2))
+    assert standings["scripted"] is standing
+    assert [standing.enter(0.0), standing.enter(0.0)] == [True, False]
+    standing.leave()
+    assert standing.enter(0.0)
+    standing.breaker.refused(0.0)
+    assert told == [("scripted", "open", 5.0)]
+    standings.configure(config(url="http://127.0.0.1:2/v1"))
+    assert standings["scripted"].breaker.state == "closed"
