@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from aiproxy.config import Upstream
     from aiproxy.errors import Shape
     from aiproxy.exchange import AttemptResult, Exchange
+    from aiproxy.standing import Standing
     from aiproxy.upstream_answer import Head
     from aiproxy.upstream_connection import Connection
     from aiproxy.watch import Watch
@@ -40,6 +41,8 @@ MAX_PIECE = 256 * 1024  # bytes of an answer that are decoded at a time
 ANTHROPIC_VERSION = "2023-06-01"  # where the client names none (API reference, "Versions")
 
 _EMPTY = frozenset({204, 205})  # successes without content (RFC 9110 section 15.3)
+_NO_CREDENTIAL = (401, 403)
+_NOT_ACTED = (429, 503, 529)  # who says this has not done what it was asked for
 _PASSED_ON = frozenset({400, 404, 409, 413, 422, 429})
 
 
@@ -143,10 +146,20 @@ class Ask:
 
     Sending returns once the answer's head is here and is a good one. Leaving aborts the connection
     unless the answer was read to its end: an upstream must not go on generating for nobody.
+
+    Attributes:
+        acted: whether the upstream may have done what it was asked for.
+        retry_after: seconds that it asks to be left alone, where it refused.
     """
 
-    def __init__(self, client: Client, exchange: Exchange, watch: Watch, *, shape: Shape) -> None:
+    def __init__(
+        self, client: Client, standing: Standing, exchange: Exchange, watch: Watch, *, shape: Shape
+    ) -> None:
+        self.acted = True
+        self.retry_after = 0.0
         self._client = client
+        self._standing = standing
+        self._entered = False
         self._exchange = exchange
         self._watch = watch
         self._shape = shape
@@ -163,6 +176,11 @@ class Ask:
         Raises:
             ProxyError: no answer, or a refusal; no connection is left behind.
         """
+        now = time.monotonic()
+        if not self._standing.enter(now):
+            self.acted = False
+            raise errors.upstream_unavailable(self._standing.wait(now))
+        self._entered = True
         self._head, self._body = head, body
         try:
             await self._ask()
@@ -196,6 +214,7 @@ class Ask:
             await self._refuse(answer)
         if coding not in CODINGS and coding not in ("", "identity"):
             raise self.not_an_answer(UNDECODABLE)
+        self._standing.breaker.succeeded()
 
     def _sent(self) -> None:
         """The request's last byte is with the kernel."""
@@ -218,15 +237,17 @@ class Ask:
     def _drop(self, error: BaseException | None) -> None:
         """The end of the attempt: record its result, leave no connection behind."""
         if isinstance(error, asyncio.CancelledError):
-            reason = self._watch.reason
+            reason = self._watch.missed
             if reason == "connect":
                 self._result = "connect"
             elif reason in ("first_byte", "idle", "total"):
                 self._result = "timeout"
         elif isinstance(error, ProxyError) and self._result is None:
-            self._result = "protocol"  # what came is no answer
+            if error.outcome == "upstream_error":
+                self._result = "protocol"  # what came is no answer
         if self._result is not None or self._answer is not None:
             self._exchange.results.append(self._result or "ok")
+        self._leave()
         connection, self._connection = self._connection, None
         if connection is None:
             return
@@ -234,6 +255,23 @@ class Ask:
             self._client.pool.release(connection)
         else:
             connection.abort()
+
+    def _leave(self) -> None:
+        """The end of the attempt, and what it says of the upstream; a good head was told before."""
+        if not self._entered:
+            return
+        self._entered = False
+        self._standing.leave()
+        breaker, now = self._standing.breaker, time.monotonic()
+        self.acted = self.acted and self._result != "connect"
+        if self._answer is not None and self._answer.status in _NO_CREDENTIAL:
+            breaker.refused(now)
+        elif self._result == "status_4xx":
+            breaker.succeeded()
+        elif self._result is not None:
+            breaker.failed(now, self.retry_after)
+        elif self._answer is None:
+            breaker.unknown()
 
     @property
     def media_type(self) -> str:
@@ -314,7 +352,9 @@ class Ask:
             else "status_4xx" if status >= 400  # noqa: PLR2004 - as above
             else "protocol"
         )  # fmt: skip
-        if status in (401, 403):
+        self.acted = status not in _NOT_ACTED
+        self.retry_after = _wait(answer)
+        if status in _NO_CREDENTIAL:
             raise errors.upstream_credential()
         back = tuple(h for h in self.passed_on() if h[0].lower() != "content-type")
         if status in (503, 529):
@@ -330,6 +370,19 @@ class Ask:
             self._result = result
             body = b""
         raise passed_on(status, body, back, self._shape)
+
+
+def _wait(answer: Head) -> float:
+    """Seconds that a refusal asks for; 0 where it does not say, or names a date."""
+    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        given = answer.get(name)
+        try:
+            seconds = float(given[:12]) / unit
+        except ValueError:
+            continue
+        if 0.0 <= seconds < math.inf:
+            return seconds
+    return 0.0
 
 
 def _seconds(milliseconds: str) -> str:

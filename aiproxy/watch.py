@@ -8,17 +8,21 @@ something is really due, and is set again for what is due next: most requests ne
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from types import TracebackType
+
+T = TypeVar("T")
 
 Phase = Literal["client_body", "connect", "first_byte", "idle", "tail", "client_write", "none"]
 Reason = Literal[
     "client_body", "connect", "first_byte", "idle", "tail", "client_write", "total",
     "shutting_down", "ended_at_once",
 ]  # fmt: skip
+
+_OF_AN_ATTEMPT: tuple[Phase, ...] = ("connect", "first_byte")  # what is late there ends it alone
 
 MIN_PROGRESS = 1024  # bytes that must be taken within the limit of a phase that sends them
 
@@ -33,6 +37,14 @@ class Interrupted(Exception):  # noqa: N818 - it is an event, not always an erro
         self.reason: Reason = reason
 
 
+class Late(Exception):  # noqa: N818 - it is an event, not always an error
+    """An attempt was late in a phase of its own; the request may go on."""
+
+    def __init__(self, phase: Phase) -> None:
+        super().__init__(phase)
+        self.phase: Phase = phase
+
+
 class Watch:
     """Interrupts the task that entered it when a deadline passes.
 
@@ -44,14 +56,16 @@ class Watch:
     """
 
     __slots__ = (
-        "_armed_at", "_beat", "_began", "_every", "_handle", "_limit", "_loop", "_mark",
-        "_scope", "_sent", "_since", "_total_at", "_unsent", "phase", "reason",
+        "_armed_at", "_attempt", "_beat", "_began", "_every", "_handle", "_late", "_limit",
+        "_loop", "_mark", "_scope", "_sent", "_since", "_total_at", "_unsent", "phase", "reason",
     )  # fmt: skip
 
     def __init__(self, loop: asyncio.AbstractEventLoop, *, total: float) -> None:
         self._loop = loop
         self._unsent: Callable[[], int] | None = None
         self._scope: asyncio.Timeout | None = asyncio.timeout(None)
+        self._attempt: asyncio.Timeout | None = None
+        self._late: Phase | None = None
         self._handle: asyncio.TimerHandle | None = None
         self._armed_at = _NEVER
         now = loop.time()
@@ -134,6 +148,29 @@ class Watch:
         if self._sent + every < self._armed_at:
             self._arm()
 
+    async def attempt(self, work: Awaitable[T]) -> T:
+        """Do what may be done again: where it is late, only it ends.
+
+        Raises:
+            Late: it was not connected, or not answered, in time.
+        """
+        self._late = None
+        scope = self._attempt = asyncio.timeout(None)
+        try:
+            async with scope:
+                return await work
+        except TimeoutError:
+            if self._late is None:
+                raise
+            raise Late(self._late) from None
+        finally:
+            self._attempt = None
+
+    @property
+    def missed(self) -> Phase | Reason | None:
+        """The deadline that passed, of the attempt or of the request."""
+        return self._late or self.reason
+
     def interrupt(self, reason: Reason) -> None:
         """Interrupt the task, from outside of it. The first reason stands."""
         if self.reason is None and self._scope is not None:
@@ -164,6 +201,11 @@ class Watch:
             return
         if self._limit and now >= self._since + self._limit:
             if not self._moves():
+                if self._attempt is not None and self.phase in _OF_AN_ATTEMPT:
+                    self._late, self._limit = self.phase, 0.0
+                    self._attempt.reschedule(now)
+                    self._arm()
+                    return
                 self.interrupt("idle" if self.phase == "none" else self.phase)
                 return
             self._since = now

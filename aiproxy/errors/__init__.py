@@ -7,6 +7,7 @@ nobody else makes up a status or a code. Messages never contain a key, a credent
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from aiproxy.errors.answer import INVALID, SERVER, Outcome, ProxyError, Shape, shown
@@ -269,6 +270,18 @@ def upstream_overloaded(retry_after: str, headers: tuple[tuple[str, str], ...] =
         "upstream_overloaded",
         "The upstream is overloaded; try again later.",
         headers=extra,
+        outcome="upstream_error",
+    )
+
+
+def upstream_unavailable(wait: float) -> ProxyError:
+    """Every target is full, or left alone for a while; `wait`: seconds until one may be tried."""
+    return ProxyError(
+        503,
+        SERVER,
+        "upstream_overloaded",
+        "No upstream of this model takes requests now; try again later.",
+        headers=(("Retry-After", str(max(1, math.ceil(wait)))),),
         outcome="upstream_error",
     )
 
