@@ -18,9 +18,11 @@ from aiproxy import errors
 from aiproxy.aside import aside
 from aiproxy.dialects import responses_items
 from aiproxy.dialects.responses_items import ENCRYPTED
+from aiproxy.jsontext import elements
 from aiproxy.prompt_size import Size
+from aiproxy.referred import Referred
 from aiproxy.sessions import NOTHING, Content, Turn, new_response_id
-from aiproxy.sessions.items import LONGEST_ID, array, elements, identified, ids_of, joined
+from aiproxy.sessions.items import array, identified, ids_of, joined
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -28,12 +30,11 @@ if TYPE_CHECKING:
     from aiproxy.call import Call
     from aiproxy.config import Target
     from aiproxy.dialects import Asked
-    from aiproxy.dialects.responses_items import Reference
     from aiproxy.dialects.responses_object import Produced
     from aiproxy.envelope import Envelope
     from aiproxy.errors import ProxyError
     from aiproxy.session_gate import SessionGate
-    from aiproxy.sessions import Delta, Found, Head
+    from aiproxy.sessions import Delta, Head
     from aiproxy.usage import Usage
 
 _ID = re.compile(r"[A-Za-z0-9._:~-]{1,256}", re.ASCII)  # of an upstream, fit for a path
@@ -51,8 +52,7 @@ class Conversation:
         self._call = call
         self._asked = asked
         self.parent: Head | None = None
-        self._references: list[Reference] = []
-        self._found: Mapping[str, Found] = {}
+        self._referred = Referred(gate, call)
         self._input = b""  # the new items, as they are kept
         self._include: bytes | None = None  # as the client wrote it, where something was added
         self._included = False
@@ -75,13 +75,7 @@ class Conversation:
                 raise errors.previous_response_not_found(previous)
             self.parent = head
             gate.pin(head)
-        self._references = responses_items.references(envelope.raw("input"))
-        if self._references:
-            wanted = dict.fromkeys(each.id for each in self._references)
-            ids = [each for each in wanted if each is not None and len(each) <= LONGEST_ID]
-            self._found = await gate.find(exchange, ids)
-            if len(self._found) < len(wanted):
-                raise errors.item_not_found()
+        await self._referred.look(envelope.raw("input"))
         self._check_bounds(envelope.size)
 
     def _check_bounds(self, size: int) -> None:
@@ -102,22 +96,22 @@ class Conversation:
     def _recalled(self) -> int:
         """Bytes of stored items that the request brings in."""
         before = 0 if self.parent is None else self.parent.size
-        return before + sum(found.size for found in self._found.values())
+        return before + sum(each.size for each in self._referred.all())
 
     @property
     def goes_on(self) -> bool:
         """Whether it brings in anything that is stored."""
-        return self.parent is not None or bool(self._found)
+        return self.parent is not None or bool(self._referred.found)
 
     @property
     def prefers(self) -> str | None:
         """The upstream that made what it goes on from."""
         if self.parent is not None:
             return self.parent.upstream
-        found = list(self._found.values())
+        found = list(self._referred.found.values())
         return found[-1].upstream if found else None
 
-    async def place(self, target: Target, envelope: Envelope) -> None:
+    async def place(self, target: Target) -> None:
         """Take the target that the request goes to.
 
         Raises:
@@ -126,7 +120,7 @@ class Conversation:
         self._upstream = target.upstream.name
         self._sent_model = target.model or self._asked.model
         self._theirs = target.upstream.sessions == "upstream"
-        parent, found = self.parent, self._found.values()
+        parent, found = self.parent, self._referred.found.values()
         here = parent.held if parent is not None else not self._theirs
         if parent is not None and not parent.held:
             there = self._theirs and parent.upstream == self._upstream
@@ -140,18 +134,7 @@ class Conversation:
         if any(not each.held and (here or each.upstream != self._upstream) for each in found):
             raise errors.item_not_found()
         if self._theirs:
-            await self._check_items(envelope)
-
-    async def _check_items(self, envelope: Envelope) -> None:
-        """Refuse ids that the upstream would look up, unless they are this key's."""
-        wanted = list(dict.fromkeys(responses_items.needs_lookup(envelope.raw("input"))))
-        if not wanted:
-            return
-        if any(len(each) > LONGEST_ID for each in wanted):
-            raise errors.item_not_found()
-        found = await self._gate.find(self._call.exchange, wanted)
-        if len(found) < len(wanted):
-            raise errors.item_not_found()
+            await self._referred.check()
 
     def tokens(self, estimate: Callable[[Size], int]) -> int:
         """Input tokens of what is stored: as its last turn used, or as `estimate` says."""
@@ -159,8 +142,9 @@ class Conversation:
         if self.parent is not None:
             tokens = self.parent.tokens
             found = estimate(Size(self.parent.size, 0)) if tokens is None else tokens
-        if self._found:
-            found += estimate(Size(sum(each.weight for each in self._found.values()), 0))
+        if self._referred.found:
+            weight = sum(each.weight for each in self._referred.all())
+            found += estimate(Size(weight, 0))
         return found
 
     def end(self) -> None:
@@ -199,7 +183,7 @@ class Conversation:
             return
         self._call.hold.take(self._recalled)
         path = await self._path()
-        items = await self._items()
+        items = await self._referred.items()
         sent = await aside(lambda: self._assemble(path, given, items), self._recalled + len(given))
         if self._call.exchange.reasoning_left_out:
             self._gate.reasoning_left_out(self._call.exchange)
@@ -216,16 +200,6 @@ class Conversation:
         self._call.exchange.replayed_turns = len(path)
         return path
 
-    async def _items(self) -> Mapping[str, bytes]:
-        """The items that are referred to, by id."""
-        found = list(self._found.values())
-        if not found:
-            return {}
-        items = await self._gate.items(self._call.exchange.key, found)
-        if items is None:
-            raise errors.item_not_found()
-        return {each.id: item for each, item in zip(found, items, strict=True)}
-
     def _assemble(self, path: Sequence[Delta], given: bytes, items: Mapping[str, bytes]) -> bytes:
         """The whole input: the turns before, then the new items."""
         left_out = 0
@@ -238,18 +212,17 @@ class Conversation:
                 kept = responses_items.replayed(each, same_origin=turn.upstream == self._upstream)
                 arrays.append(kept.items)
                 left_out += kept.foreign
-        if self._references:
+        if self._referred.names:
             there = {item_id for turn in path for item_id in ids_of(turn.input, turn.output)}
             new, sent = [], []
-            names = {each.position: each.id or "" for each in self._references}
             for position, item in enumerate(elements(given)):
-                name = names.get(position)
+                name = self._referred.names.get(position)
                 if name is None:
                     new.append(item)
                     sent.append(item)
                 elif name not in there:
                     new.append(items[name])
-                    origin = self._found[name].upstream
+                    origin = self._referred.found[name].upstream
                     kept = responses_items.replayed(
                         array([items[name]]), same_origin=origin == self._upstream
                     )
@@ -269,22 +242,17 @@ class Conversation:
             # It began here: it goes on there with all that was said.
             self._asked.own = {"previous_response_id": msgspec.json.encode(parent.id)}
             await self._expand(envelope)
-        elif self._references:
+        elif self._referred.names:
             given = responses_items.as_array(envelope.raw("input"))
             envelope.put_raw("input", await self._with_known(given))
 
     async def _with_known(self, given: bytes) -> bytes:
         """The input with the items that are held here in place of their references."""
-        held = [each for each in self._found.values() if each.held]
-        self._call.hold.take(sum(each.size for each in held))
-        items = await self._gate.items(self._call.exchange.key, held) if held else []
-        if items is None:
-            raise errors.item_not_found()
-        known = {each.id: item for each, item in zip(held, items, strict=True)}
-        names = {each.position: each.id or "" for each in self._references}
+        self._call.hold.take(sum(each.size for each in self._referred.all(held=True)))
+        known = await self._referred.items(held=True)
         return array(
             item
-            if (name := names.get(position)) is None
+            if (name := self._referred.names.get(position)) is None
             else known.get(name) or responses_items.reference(name)
             for position, item in enumerate(elements(given))
         )

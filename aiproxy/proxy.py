@@ -196,7 +196,7 @@ class Proxy:
             await conversation.begin(envelope)
         target = self._target(call, route, dialect)
         if conversation is not None:
-            await conversation.place(target, envelope)
+            await conversation.place(target)
         await self._admit(call, asked, route, envelope, dialect)
         if target.model is not None and target.model != asked.model:
             envelope.put("model", target.model)

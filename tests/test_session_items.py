@@ -3,13 +3,12 @@
 import json
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aiproxy import jsontext
 from aiproxy.dialects import responses_items as ri
-from aiproxy.dialects.responses_items import Reference, Replayed
+from aiproxy.dialects.responses_items import Replayed
 from aiproxy.sessions.items import LONGEST_ID, array, elements, identified, ids_of, joined
 
 SPACE = st.sampled_from(["", " ", "\n\t ", "\r\n"])
@@ -58,47 +57,6 @@ def test_an_image_weighs_as_its_tokens() -> None:
     (found,) = identified(b"[]", json.dumps([item]).encode())
     assert found.size > 400_000
     assert found.weight < 10_000
-
-
-REFERENCES = {
-    b'"text"': [],
-    b'[{"type":"item_reference","id":"a"}]': [Reference(0, "a")],
-    b'[{"role":"user","content":"x"},{"id":"a"}]': [Reference(1, "a")],
-    b'[{"id":"a","type":null}]': [Reference(0, "a")],
-    b'[{"t\\u0079pe":"item_reference","id":"a","type":"message"}]': [Reference(0, "a")],
-    b'[{"type":"item_reference"}]': [Reference(0, None)],
-    b'[{"type":"item_reference","id":7}]': [Reference(0, None)],
-    b'[{"type":"message","id":"a","role":"user","content":"item_reference"}]': [],
-    b'[{"type":"function_call","id":"a","call_id":"c","name":"n","arguments":"{}"}]': [],
-}
-
-
-@pytest.mark.parametrize("given_", REFERENCES)
-def test_references(given_: bytes) -> None:
-    """What any reader could take for a reference is one."""
-    assert ri.references(given_) == REFERENCES[given_]
-
-
-LOOKED_UP = {
-    b'[{"type":"image_generation_call","id":"ig_1"}]': ["ig_1"],
-    b'[{"type":"image_generation_call","id":"ig_1","result":null,"status":"completed"}]': ["ig_1"],
-    b'[{"type":"image_generation_call","id":"ig_1","result":"AAAA"}]': [],
-    b'[{"type":"reasoning","id":"rs_1","summary":[]}]': ["rs_1"],
-    b'[{"type":"reasoning","id":"rs_1","summary":[{"type":"summary_text","text":"x"}]}]': ["rs_1"],
-    b'[{"type":"reasoning","id":"rs_1","summary":[],"encrypted_content":"gA"}]': [],
-    b'[{"type":"reasoning","id":"rs_1","content":[{"type":"reasoning_text","text":"x"}]}]': [],
-    b'[{"type":"message","id":"m","role":"user","content":"x"}]': [],
-    b'[{"type":"web_search_call","id":"ws_1","action":{"type":"search"}}]': [],
-    b'[{"type":"function_call","i\\u0064":"fc","call_id":"c","name":"n","arguments":"{}"}]': [],
-    b'[{"type":"item_reference","id":"a"}]': [],  # looked up as such
-    b'"text"': [],
-}
-
-
-@pytest.mark.parametrize("given_", LOOKED_UP)
-def test_what_an_upstream_may_look_up(given_: bytes) -> None:
-    """An item that says nothing but its id stands for what the upstream knows of it."""
-    assert ri.needs_lookup(given_) == LOOKED_UP[given_]
 
 
 def test_reasoning_goes_back_to_its_origin_alone() -> None:

@@ -6,9 +6,9 @@ import re
 from typing import TYPE_CHECKING
 
 import msgspec
-from msgspec import Raw
 
 from aiproxy import jsontext
+from aiproxy.jsontext import elements
 from aiproxy.prompt_size import measure
 from aiproxy.sessions.turn import Item
 from aiproxy.usage import BYTES_PER_TOKEN
@@ -16,6 +16,7 @@ from aiproxy.usage import BYTES_PER_TOKEN
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+__all__ = ["LONGEST_ID", "array", "elements", "identified", "ids_of", "item_id", "joined"]
 
 _EMPTY = re.compile(rb"\[\s*\]")
 LONGEST_ID = 256  # characters: an item with a longer one cannot be referred to
@@ -25,16 +26,7 @@ class _Identified(msgspec.Struct):
     id: str | None = None
 
 
-_raw = msgspec.json.Decoder(list[Raw])
 _identified = msgspec.json.Decoder(list[_Identified])
-
-
-def elements(array: bytes) -> list[bytes]:
-    """The elements of a JSON array, as written."""
-    try:
-        return [bytes(raw).strip() for raw in _raw.decode(array)]
-    except (msgspec.DecodeError, RecursionError):  # a lone surrogate
-        return [array[start:end] for start, end in jsontext.elements(array)]
 
 
 def joined(arrays: Iterable[bytes]) -> bytes:
