@@ -20,7 +20,7 @@ from aiproxy.dialects import responses_items
 from aiproxy.dialects.responses_items import ENCRYPTED
 from aiproxy.jsontext import elements
 from aiproxy.prompt_size import Size
-from aiproxy.referred import Referred
+from aiproxy.referred import Referred, is_there
 from aiproxy.sessions import NOTHING, Content, Turn, new_response_id
 from aiproxy.sessions.items import array, identified, ids_of, joined
 
@@ -131,10 +131,10 @@ class Conversation:
                     " serve this model here.",
                 )
         # An item that an upstream holds can be referred to there alone.
-        if any(not each.held and (here or each.upstream != self._upstream) for each in found):
+        if any(not each.held and (here or not is_there(each, self._upstream)) for each in found):
             raise errors.item_not_found()
         if self._theirs:
-            await self._referred.check()
+            await self._referred.check(self._upstream)
 
     def tokens(self, estimate: Callable[[Size], int]) -> int:
         """Input tokens of what is stored: as its last turn used, or as `estimate` says."""
@@ -242,9 +242,12 @@ class Conversation:
             # It began here: it goes on there with all that was said.
             self._asked.own = {"previous_response_id": msgspec.json.encode(parent.id)}
             await self._expand(envelope)
+            await self._referred.check_brought(envelope.raw("input"), self._upstream)
         elif self._referred.names:
             given = responses_items.as_array(envelope.raw("input"))
             envelope.put_raw("input", await self._with_known(given))
+            if any(each.held for each in self._referred.found.values()):
+                await self._referred.check_brought(envelope.raw("input"), self._upstream)
 
     async def _with_known(self, given: bytes) -> bytes:
         """The input with the items that are held here in place of their references."""

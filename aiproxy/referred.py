@@ -69,18 +69,29 @@ class Referred:
 
     # -- what an upstream that holds conversations could look up
 
-    async def check(self) -> None:
-        """Refuse ids that the upstream would look up, unless they are this key's.
+    async def check(self, upstream: str) -> None:
+        """Refuse ids that this upstream would look up, unless they are this key's there.
 
         Raises:
             ProxyError: some are not; or the store is away.
         """
-        await self._check(self._named)
+        await self._check(self._named, upstream)
 
-    async def _check(self, named: Named) -> None:
+    async def check_brought(self, given: bytes | None, upstream: str) -> None:
+        """Check an input once more, in which items of turns made elsewhere were put."""
+        named = await _named(given)
+        for each in named.references:
+            found = self.found.get(each.id or "")
+            if found is None or not is_there(found, upstream):
+                raise errors.item_not_found()
+        await self._check(named, upstream)
+
+    async def _check(self, named: Named, upstream: str) -> None:
         if named.unclear is not None:
             raise named.unclear
-        await self._find(named.lookups)
+        found = await self._find(named.lookups)
+        if not all(is_there(each, upstream) for each in found.values()):
+            raise errors.item_not_found()
 
     async def _find(self, wanted: Iterable[str | None]) -> Mapping[str, Found]:
         """Look for items by their ids, all of which must be this key's own."""
@@ -97,6 +108,14 @@ class Referred:
             if not all(each in found for each in few):
                 raise errors.item_not_found()
         return found
+
+
+def is_there(found: Found, upstream: str) -> bool:
+    """Whether this upstream gave the item to the key, and holds it.
+
+    An id in what a client has sent is not the client's own for that.
+    """
+    return not found.held and found.output and found.upstream == upstream
 
 
 async def _named(given: bytes | None) -> Named:

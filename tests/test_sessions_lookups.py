@@ -7,18 +7,21 @@ from typing import Any
 
 import pytest
 
+from aiproxy.dialects import responses_named as rn
 from refusals import Refusal
 from responses import function_item, message_item, reasoning_item, responses_json
 from rig import TEAM_B, Proxy
 from sessions_rig import PATH, STORES, Holder, Serve, ask, heard, sent, store_of, turn, untold
 from steps import json_answer
-from upstream import ScriptedUpstream
+from upstream import Recorded, ScriptedUpstream
 
 Begin = Callable[[str], Awaitable[Proxy]]
 
 THEIRS = "ig_theirs_1"
 BARE: dict[str, Any] = {"type": "image_generation_call", "id": THEIRS, "status": "completed"}
 IMAGE = BARE | {"result": "AAAA"}
+MESSAGE: dict[str, Any] = {"type": "message", "role": "user", "content": "mine", "id": THEIRS}
+REFERENCE = {"type": "item_reference", "id": THEIRS}
 
 
 @pytest.fixture(params=STORES)
@@ -52,6 +55,83 @@ def begin(serve: Serve, upstream: ScriptedUpstream, other: ScriptedUpstream, sto
         )
 
     return begun
+
+
+def looked_up(request: Recorded) -> bool:
+    """Tell whether an upstream could look up anything for a request."""
+    body = json.loads(request.body)
+    named = rn.named(json.dumps(body["input"]).encode())
+    return bool(named.references or named.lookups or named.unclear)
+
+
+REACHES = ("bare", "reference", "continued", "continued bare", "continued reference")
+
+
+@pytest.mark.parametrize("reach", REACHES)
+@pytest.mark.parametrize("claim", [MESSAGE, IMAGE, BARE], ids=["message", "image", "bare"])
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_an_id_is_not_claimed_by_sending_it_elsewhere(
+    begin: Begin,
+    upstream: ScriptedUpstream,
+    claim: dict[str, Any],
+    reach: str,
+    *,
+    streamed: bool,
+) -> None:
+    """An item of a turn that aiproxy holds makes no id of the shared account one's own."""
+    proxy = await begin("replay")
+    upstream.script(json_answer(responses_json(items=[IMAGE])))
+    await turn(proxy, key=TEAM_B, model="shared")
+    asked = len(upstream.requests)
+    claimed = await turn(proxy, [claim], model="elsewhere", streamed=streamed)
+    given: list[Any] = [{"role": "user", "content": "and?"}]
+    if "bare" in reach:
+        given.append(BARE)
+    elif "reference" in reach:
+        given.append(REFERENCE)
+    previous = claimed["id"] if "continued" in reach else None
+    answer = await ask(proxy, given, previous, model="shared", streamed=streamed)
+    if claim is BARE or "bare" in reach:
+        Refusal(404, None, param="input").check(answer, upstream="scripted")
+        assert len(upstream.requests) == asked
+    else:  # it gets what it has sent itself
+        assert answer.status == 200
+        assert not looked_up(upstream.requests[-1])
+        assert json.loads(json.dumps(claim)) in json.loads(upstream.requests[-1].body)["input"]
+
+
+async def test_an_output_that_is_held_here_is_no_claim(
+    begin: Begin, upstream: ScriptedUpstream, other: ScriptedUpstream
+) -> None:
+    """Not even an id that another upstream gave is good at the shared account."""
+    for mode in ("replay", "upstream"):
+        proxy = await begin(mode)
+        asked = len(upstream.requests)
+        other.script(json_answer(responses_json(items=[BARE])))
+        made = await turn(proxy, model="elsewhere")
+        for given, previous in (([BARE], None), ([REFERENCE], None), ("more", made["id"])):
+            answer = await ask(proxy, given, previous, model="shared")
+            assert answer.status in {400, 404}, (mode, given, answer)
+        assert len(upstream.requests) == asked
+        await proxy.stop()
+
+
+async def test_own_items_are_looked_up(
+    begin: Begin, upstream: ScriptedUpstream, other: ScriptedUpstream
+) -> None:
+    """What the shared account gave to a key it may name there, and nowhere else."""
+    proxy = await begin("upstream")
+    items = [IMAGE, reasoning_item(None, item_id="rs_own"), {"type": "new", "id": "new_own"}]
+    upstream.script(json_answer(responses_json(items=items)))
+    await turn(proxy, model="shared")
+    bare = [BARE, {"type": "reasoning", "id": "rs_own", "summary": []}, items[2], REFERENCE]
+    await turn(proxy, bare, model="shared")
+    assert upstream.requests[-1].json()["input"] == bare
+    asked = len(other.requests)
+    for item in bare:
+        assert (await ask(proxy, [item], model="elsewhere")).status == 404
+        assert (await ask(proxy, [item], model="shared", key=TEAM_B)).status == 404
+    assert len(other.requests) == asked
 
 
 async def test_what_is_not_own_looks_unknown(
