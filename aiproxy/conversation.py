@@ -324,7 +324,8 @@ class Conversation:
             owner=self._call.exchange.key,
             parent=self.parent,
             created=int(time.time()),
-            model=asked.model,
+            # What an upstream holds it shows under its own name, unless the answer had another.
+            model="" if self._theirs and not asked.renamed else asked.model,
             upstream=self._upstream,
             tokens=None if usage is None else usage.total,
             held=not self._theirs,
