@@ -23,6 +23,7 @@ from aiproxy.prompt_size import Size
 from aiproxy.referred import Referred, is_there
 from aiproxy.sessions import NOTHING, Content, Turn, new_response_id
 from aiproxy.sessions.items import array, identified, ids_of, joined
+from aiproxy.usage import estimate_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -327,9 +328,18 @@ class Conversation:
             # What an upstream holds it shows under its own name, unless the answer had another.
             model="" if self._theirs and not asked.renamed else asked.model,
             upstream=self._upstream,
-            tokens=None if usage is None else usage.total,
+            tokens=self._spent(usage, len(produced.output)),
             held=not self._theirs,
             reasons=responses_items.may_reason(content.input, content.output),
             content=content,
             items=identified(content.input, produced.output),
         )
+
+    def _spent(self, usage: Usage | None, output: int) -> int | None:
+        """Tokens of the turn and those before it; None: what is kept here tells how many."""
+        if usage is not None:
+            return usage.total
+        estimate = self._call.estimate
+        if not self._theirs or estimate is None:
+            return None
+        return estimate.input + estimate_output(0, output)  # nothing is kept that could tell later

@@ -10,7 +10,7 @@ from answers import Usage
 from client import Answer
 from invariants import check_invariants, eventually
 from refusals import Refusal
-from responses import responses_json
+from responses import responses_events, responses_json
 from rig import ABSENT, AMPLE, TEAM_A, TEAM_B, Proxy, key_hash, totals
 from sessions_rig import (
     NO_PARENT,
@@ -25,7 +25,7 @@ from sessions_rig import (
     turn,
     use,
 )
-from steps import json_answer
+from steps import json_answer, stream
 from upstream import ScriptedUpstream
 
 HOLDER = "replay"
@@ -117,16 +117,21 @@ async def test_a_continued_turn_reserves_its_history(
     assert remaining(after) > before - 20_000  # settled with what it really was
 
 
+@pytest.mark.parametrize("mode", ["replay", "upstream"])
+@pytest.mark.parametrize("streamed", [False, True])
 async def test_a_history_of_unknown_usage_is_reserved_by_its_size(
-    serve: Serve, upstream: ScriptedUpstream, store: str
+    serve: Serve, upstream: ScriptedUpstream, store: str, mode: str, *, streamed: bool
 ) -> None:
-    """Where the upstream gave no usage, what is stored of the path is what it costs."""
-    proxy = await serve(keys=limited(tokens="1000000/day"), sessions={"store": store})
+    """Where the upstream gave no usage, what was asked and answered on the path is its cost."""
+    keys = limited(tokens="1000000/day")
+    mode_of = {"scripted": {"sessions": mode}}
+    proxy = await serve(keys=keys, upstreams=mode_of, sessions={"store": store})
     freeze(proxy)
-    upstream.script(json_answer(responses_json(usage=None)))
-    first = await turn(proxy, "word " * 40_000)
-    upstream.script(json_answer(responses_json(usage=None)))
-    parent = await turn(proxy, "word " * 40_000, first["id"])
+    for _ in range(2):
+        frames, whole = responses_events(usage=None), responses_json(usage=None)
+        upstream.script(stream(frames) if streamed else json_answer(whole))
+    first = await turn(proxy, "word " * 40_000, streamed=streamed)
+    parent = await turn(proxy, "word " * 40_000, first["id"], streamed=streamed)
     alone = remaining(await ask(proxy, "x"))
     continued = remaining(await ask(proxy, "x", parent["id"]))
     assert 80_000 < alone - continued < 150_000
