@@ -312,18 +312,20 @@ class Conversation:
             await self._gate.put(turn)
 
     def _turn(self, produced: Produced, usage: Usage | None) -> Turn | None:
-        asked = self._asked
+        asked, parent = self._asked, self.parent
         if self._theirs:
             response_id, content = produced.id or "", NOTHING
             if not _ID.fullmatch(response_id):
                 return None  # no client could name it
+            if parent is not None and parent.id == response_id:
+                parent = None  # it takes its place: the upstream calls the conversation so
         else:
             response_id = msgspec.json.decode(asked.own["id"], type=str)
             content = Content(self._input, produced.output, produced.before, produced.after)
         return Turn(
             id=response_id,
             owner=self._call.exchange.key,
-            parent=self.parent,
+            parent=parent,
             created=int(time.time()),
             # What an upstream holds it shows under its own name, unless the answer had another.
             model="" if self._theirs and not asked.renamed else asked.model,
