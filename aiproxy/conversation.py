@@ -307,7 +307,8 @@ class Conversation:
         Raises:
             ProxyError: it cannot be stored; the client must not be told that it is complete.
         """
-        turn = await aside(lambda: self._turn(produced, usage), len(produced.output))
+        size = len(self._input) + len(produced.output)
+        turn = await aside(lambda: self._turn(produced, usage), size)
         if turn is not None:
             await self._gate.put(turn)
 

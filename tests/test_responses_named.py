@@ -1,9 +1,6 @@
 """What an input names of what was made before, however it is written, and what finding it costs."""
 
 import json
-import time
-from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -12,6 +9,7 @@ from aiproxy import jsontext
 from aiproxy.dialects import responses_named as rn
 from aiproxy.dialects.responses_named import Reference
 from aiproxy.errors import ProxyError
+from cost import least
 
 REFERENCES = {
     b'"text"': [],
@@ -200,17 +198,6 @@ def test_the_work_is_linear(kind: str) -> None:
     item = COSTLY[kind]
     given = b"[" + b",".join([item] * max(1, LARGE // len(item))) + b"]"
     assert least(lambda: rn.named(given)) < 15 * least(lambda: json.loads(given))
-
-
-def least(work: Callable[[], object]) -> float:
-    """Return the CPU time of some work, the least of three."""
-    took = []
-    for _ in range(3):
-        began = time.process_time()
-        with suppress(ProxyError):  # too many are named
-            work()
-        took.append(time.process_time() - began)
-    return min(took)
 
 
 def test_quotes_tell_whether_names_are_distinct() -> None:

@@ -3,13 +3,15 @@
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aiproxy import jsontext
 from aiproxy.dialects import responses_items as ri
 from aiproxy.dialects.responses_items import Replayed
-from aiproxy.sessions.items import LONGEST_ID, array, elements, identified, ids_of, joined
+from aiproxy.sessions.items import LONGEST_ID, array, elements, identified, ids_of, item_id, joined
+from cost import least
 
 SPACE = st.sampled_from(["", " ", "\n\t ", "\r\n"])
 VALUES: st.SearchStrategy[Any] = st.recursive(
@@ -48,6 +50,35 @@ def test_ids_are_found_however_they_are_written() -> None:
     ]  # fmt: skip
     assert [item.size for item in found] == [10, 15, 26]
     assert ids_of(given_, made) >= {"a", "b", "c"}
+
+
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        (b'{"id":"a"}', "a"),
+        (b'{"id":"a","id":"b"}', "b"),
+        (rb'{"\u0069d":"\u0061"}', "a"),
+        (rb'{"x":"\ud800","id":"a"}', "a"),
+        (rb'{"x":"\ud800","id":"\u8800\ud83d\ude00"}', "\u8800\U0001f600"),
+        (rb'{"x":"\uD800","id":"\ud800"}', None),
+        (rb'{"id":"\ud800"}', None),
+        (rb'{"id":"\ud800","id":null}', None),
+        (b'{"id":7}', None),
+        (b'{"id":["a"]}', None),
+        (b'"id"', None),
+        (b"7", None),
+        (b"{}", None),
+    ],
+)
+def test_the_id_of_an_item(item: bytes, expected: str | None) -> None:
+    """It is a text of Unicode, whatever else is in the item."""
+    assert item_id(item) == expected
+
+
+def test_odd_ids_do_not_make_all_others_costly() -> None:
+    """One item with an id of another kind leaves the work as small as what JSON itself costs."""
+    whole = array([b'{"id":7}', *[b'{"id":"a","x":[%b]}' % (b"1," * 400 + b"1")] * 1000])
+    assert least(lambda: ids_of(whole)) < 5 * least(lambda: json.loads(whole))
 
 
 def test_an_image_weighs_as_its_tokens() -> None:

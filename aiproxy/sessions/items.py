@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 import msgspec
+from msgspec import Raw
 
 from aiproxy import jsontext
 from aiproxy.jsontext import elements
@@ -27,6 +28,15 @@ class _Identified(msgspec.Struct):
 
 
 _identified = msgspec.json.Decoder(list[_Identified])
+
+_NONE = Raw(b"null")
+
+
+class _Id(msgspec.Struct):
+    id: Raw = _NONE
+
+
+_id = msgspec.json.Decoder(_Id)
 
 
 def joined(arrays: Iterable[bytes]) -> bytes:
@@ -76,10 +86,29 @@ def _ids(array: bytes, whole: list[bytes]) -> list[str | None]:
 
 
 def item_id(item: bytes) -> str | None:
-    """The id of one item, if it has one."""
-    for key, start, end in reversed(jsontext.members(item)):  # of two the last one counts
+    """The id of one item, if it has one; of two the last one counts."""
+    try:
+        raw = _id.decode(item).id
+    except msgspec.ValidationError:
+        return None
+    except (msgspec.DecodeError, ValueError, RecursionError):  # a lone surrogate
+        raw = _masked_id(item)
+    if bytes(raw)[:1] != b'"':
+        return None
+    try:
+        return msgspec.json.decode(raw, type=str)
+    except (msgspec.DecodeError, ValueError):  # it is in the id
+        return None
+
+
+def _masked_id(item: bytes) -> Raw:
+    try:
+        raw = _id.decode(jsontext.masked(item)).id
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return _NONE
+    if b"\\u8" not in bytes(raw):
+        return raw
+    for key, start, end in reversed(jsontext.members(item)):  # it may have been masked itself
         if jsontext.key_text(key) == "id":
-            value = item[start:end]
-            text = jsontext.key_text(value) if value[:1] == b'"' else ""
-            return None if any("\ud800" <= c <= "\udfff" for c in text) else text
-    return None
+            return Raw(item[start:end])
+    return _NONE
