@@ -21,7 +21,7 @@ from aiproxy.dialects.responses_items import ENCRYPTED
 from aiproxy.jsontext import elements
 from aiproxy.prompt_size import Size
 from aiproxy.referred import Referred, is_there
-from aiproxy.sessions import NOTHING, Content, Turn, new_response_id
+from aiproxy.sessions import NOTHING, ROW, Content, Turn, new_response_id
 from aiproxy.sessions.items import array, identified, ids_of, joined
 from aiproxy.usage import estimate_output
 
@@ -54,6 +54,7 @@ class Conversation:
         self._asked = asked
         self.parent: Head | None = None
         self._referred = Referred(gate, call)
+        self._given = 0  # bytes of the new items, at least
         self._input = b""  # the new items, as they are kept
         self._include: bytes | None = None  # as the client wrote it, where something was added
         self._included = False
@@ -76,7 +77,10 @@ class Conversation:
                 raise errors.previous_response_not_found(previous)
             self.parent = head
             gate.pin(head)
-        await self._referred.look(envelope.raw("input"))
+        given = envelope.raw("input")
+        await self._referred.look(given)
+        if given is not None and not self._referred.names:  # these may name what is smaller
+            self._given = len(given)
         self._check_bounds(envelope.size)
 
     def _check_bounds(self, size: int) -> None:
@@ -136,6 +140,21 @@ class Conversation:
             raise errors.item_not_found()
         if self._theirs:
             await self._referred.check(self._upstream)
+        elif self._asked.store:
+            self._check_room()
+
+    def _check_room(self) -> None:
+        """Refuse a turn that could not be kept, before its answer is made and paid for.
+
+        This is less than what it will come to: what it is answered is not known, nor what else its
+        conversation holds.
+        """
+        shares, bound = self._gate.shares, self._gate.bounds.max_bytes
+        least = ROW + self._given
+        before = 0 if self.parent is None else self.parent.size
+        owner = self._call.exchange.key
+        if shares.size + least > bound and not shares.fits(owner, before + least, bound):
+            raise errors.no_room("the conversation does not fit in sessions.max_bytes")
 
     def tokens(self, estimate: Callable[[Size], int]) -> int:
         """Input tokens of what is stored: as its last turn used, or as `estimate` says."""

@@ -31,6 +31,7 @@ from upstream import ScriptedUpstream
 HOLDER = "replay"
 
 TOO_LONG = Refusal(400, "context_length_exceeded", param="previous_response_id")
+NO_RETRY = {"retry-after": None, "x-should-retry": "false"}
 LARGE = Usage(input=99_000, cached=0, output=1_000, reasoning=0)  # 100,000 in all
 SMALL = Usage(input=300, cached=0, output=10, reasoning=0)
 BACKGROUND = 5.0  # seconds within which expiry and eviction have been at work
@@ -339,3 +340,24 @@ async def test_everything_else_holds_still(
     for verb in VERBS:
         await use(proxy, verb, own)
     await check_invariants(proxy, upstream, bodies=bodies)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_turn_that_cannot_be_kept_is_not_made(
+    serve: Serve, upstream: ScriptedUpstream, store: str, *, streamed: bool
+) -> None:
+    """Where the question alone does not fit, with its history, the upstream is not asked."""
+    proxy = await serve(sessions={"store": store, "max_bytes": "64KiB"})
+    theirs = (await turn(proxy, "x" * 20_000, key=TEAM_B))["id"]
+    own = (await turn(proxy, "x" * 20_000))["id"]
+    asked = len(upstream.requests)
+    refusal = Refusal(503, "store_unavailable", "server_error", headers=NO_RETRY)
+    for given, previous in (("x" * 64_000, None), ("x" * 30_000, own)):
+        answer = await ask(proxy, given, previous, streamed=streamed)
+        refusal.check(answer, upstream="scripted")
+        assert "store" in answer.json()["error"]["message"]
+    assert len(upstream.requests) == asked
+    await turn(proxy, "x" * 64_000, store=False, streamed=streamed)
+    await turn(proxy, "x" * 15_000, own, streamed=streamed)
+    assert (await use(proxy, "get", theirs, key=TEAM_B)).status == 200
+    await check_invariants(proxy, upstream)
