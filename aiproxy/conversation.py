@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from aiproxy.usage import Usage
 
 _ID = re.compile(r"[A-Za-z0-9._:~-]{1,256}", re.ASCII)  # of an upstream, fit for a path
+# Of what is brought in: its pieces and the input made of them; then this and the body to send.
+_COPIES = 2
 
 
 class Conversation:
@@ -201,7 +203,7 @@ class Conversation:
         self._input = given
         if not self.goes_on:
             return
-        self._call.hold.take(self._recalled)
+        self._call.hold.take(_COPIES * self._recalled)
         path = await self._path()
         items = await self._referred.items()
         sent = await aside(lambda: self._assemble(path, given, items), self._recalled + len(given))
@@ -271,7 +273,8 @@ class Conversation:
 
     async def _with_known(self, given: bytes) -> bytes:
         """The input with the items that are held here in place of their references."""
-        self._call.hold.take(sum(each.size for each in self._referred.all(held=True)))
+        size = sum(each.size for each in self._referred.all(held=True))
+        self._call.hold.take(_COPIES * size)
         known = await self._referred.items(held=True)
         return array(
             item

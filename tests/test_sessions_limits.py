@@ -361,3 +361,22 @@ async def test_a_turn_that_cannot_be_kept_is_not_made(
     await turn(proxy, "x" * 15_000, own, streamed=streamed)
     assert (await use(proxy, "get", theirs, key=TEAM_B)).status == 200
     await check_invariants(proxy, upstream)
+
+
+async def test_a_history_is_in_memory_twice(
+    serve: Serve, upstream: ScriptedUpstream, store: str
+) -> None:
+    """What is brought in counts in `max_buffered` as often as it is there; all is given back."""
+    bounds = {"max_body": "48KiB", "max_buffered": "64KiB"}
+    proxy = await serve(**bounds, sessions={"store": store})
+    item = {"type": "message", "role": "user", "content": "x" * 40_000, "id": "msg_own"}
+    large, small = await turn(proxy, [item]), await turn(proxy, "x" * 20_000)
+    asked = len(upstream.requests)
+    reference = [{"type": "item_reference", "id": "msg_own"}]
+    for given, previous in (("more", large["id"]), (reference, None)):
+        answer = await ask(proxy, given, previous)
+        assert (answer.status, answer.json()["error"]["code"]) == (503, "overloaded")
+    assert len(upstream.requests) == asked
+    for _ in range(3):
+        await turn(proxy, "more", small["id"])
+    await check_invariants(proxy, upstream)
