@@ -81,9 +81,8 @@ class Shares:
 
         Every other one of its owner can go, and of the other owners what they hold above it.
         """
-        others = sum(
-            min(share.size, size) for name, share in self.by_owner.items() if name != owner
-        )
+        every = list(self.by_owner.items())  # at once: a thread may change them
+        others = sum(min(share.size, size) for name, share in every if name != owner)
         return others + size <= bound
 
     def copy(self) -> Shares:

@@ -79,7 +79,7 @@ class Head:
         size: bytes of the items of these.
         tokens: that it used in all, its whole input and its output; None: not known.
         created: seconds since the epoch.
-        model: as the client wrote it.
+        model: as the client wrote it; empty: as the upstream calls it, which holds the turn.
         upstream: that made it.
         held: its content is here; else at the upstream that made it.
         whole: all turns before it are there.
