@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from aiproxy.sessions import Removal, Turn
 
-READING = 100  # milliseconds that readers of the file are waited for
 STEP = 64  # turns that are removed in one transaction
 FIRST = -1.0  # `used` of a conversation that is being removed: before all others
 _GONE: tuple[Removal, ...] = ("deleted", "ttl", "size")  # by the value of `gone`; 0: it is not
@@ -43,7 +42,8 @@ class Book:
         shares: what the file holds; others may read it.
         bounds: may be replaced at any time.
         more: the last `tend` left something to do.
-        deleted: content was deleted whose traces are still in the write-ahead log.
+        stale: something was removed whose traces may still be in the write-ahead log.
+        deleted: the log is to be emptied for that now.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Book:
         self.deleted = False
         self._before: Shares | None = None
         self._last_key = 0
-        self._stale = False  # something was removed whose traces are still in the log
+        self.stale = True  # as a crash may have left it
         self._load()
 
     def _load(self) -> None:
@@ -100,17 +100,20 @@ class Book:
         if self._before is not None:
             self.shares, self._before = self._before, None
 
-    def truncate(self) -> None:
-        """Take what was deleted out of the write-ahead log, too.
+    def checkpoint(self) -> None:
+        """Write of the log into the file what can be, beside those who read."""
+        self._execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
-        Whoever reads the file, for a backup say, is not waited for long: it is tried again by
-        `tend`.
+    def truncate(self) -> None:
+        """Empty the write-ahead log, so that what was removed is not there either.
+
+        Nobody is waited for: `stale` says whether somebody who reads, for a backup say, was in the
+        way.
         """
-        self.deleted, self._stale = False, True
-        self._execute(f"PRAGMA busy_timeout = {READING}")
+        self._execute("PRAGMA busy_timeout = 0")
         try:
             busy, _, _ = self._execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            self._stale = bool(busy)
+            self.stale = bool(busy)
         finally:
             self._execute(f"PRAGMA busy_timeout = {int(self._patience * 1000)}")
 
@@ -189,7 +192,6 @@ class Book:
         root, size = row
         self._break(root, head.key)
         self._remove(head.owner, root, [(head.key, size)], "deleted")
-        self.deleted = True
         return True
 
     def _break(self, root: int, key: int) -> None:
@@ -221,7 +223,7 @@ class Book:
         else:
             self._execute("DELETE FROM conversations WHERE id = ? AND turns <= 0", (root,))
         self.shares.remove(owner, size, reason, len(turns))
-        self._stale = True
+        self.stale = True
 
     def check(self) -> None:
         """Write something, to see that it can be done."""
@@ -242,7 +244,7 @@ class Book:
             found = self._due()
             if found is None:
                 # What was removed is out of the way: its traces can go, too.
-                self.deleted = self.deleted or self._stale
+                self.deleted = self.deleted or self.stale
                 return
             most -= self._shrink(*found, most)
         self.more = True

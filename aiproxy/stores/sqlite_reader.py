@@ -40,6 +40,7 @@ class Reader:
         self, connection: sqlite3.Connection, pins: Pins, read: Callable[[], float]
     ) -> None:
         self._execute = connection.execute
+        self.close = connection.close
         self._pins = pins
         self._read = read
         connection.execute("PRAGMA query_only = ON")
