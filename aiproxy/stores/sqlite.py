@@ -16,7 +16,6 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from aiproxy.sessions import Loaded, Pins, Shares
-from aiproxy.sessions.items import elements
 from aiproxy.stores.sqlite_book import Book, Bounds
 from aiproxy.stores.sqlite_file import SessionFile
 from aiproxy.stores.sqlite_reader import Reader
@@ -131,18 +130,9 @@ class SqliteSessions:
     async def items(self, owner: str, found: Sequence[Found]) -> list[bytes] | None:
         """See `SessionStore`."""
         del owner  # a row's key is found by its owner alone
-        turns = {each.turn for each in found}
-        arrays = await self._read(lambda reader: reader.arrays(turns))
-        if any(each.turn not in arrays for each in found):
-            return None
-        self._renew(list({each.root for each in found}))
-        cut: dict[tuple[int, bool], list[bytes]] = {}
-        items = []
-        for each in found:
-            place = each.turn, each.output
-            if place not in cut:
-                cut[place] = elements(arrays[each.turn][each.output])
-            items.append(cut[place][each.position])
+        items = await self._read(lambda reader: reader.items(found))
+        if items is not None:
+            self._renew(list({each.root for each in found}))
         return items
 
     async def put(self, turn: Turn) -> None:
