@@ -1,14 +1,16 @@
 """Stores of conversations with many items, turns, bytes and owners: what a step of them costs."""
 
+import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from aiproxy.aside import LARGE
-from aiproxy.sessions import Content, items
-from turns import ALICE, KINDS, World, array, message, world
+from aiproxy.sessions import Content, Shares, items
+from turns import ALICE, KINDS, PLENTY, TTL, Clock, World, array, message, opened, turn, world
 
 
 @pytest.fixture(params=KINDS)
@@ -47,3 +49,47 @@ async def test_h2_an_array_is_cut_once(
     assert len(cut) == 3
     if large:
         assert threading.current_thread() not in cut
+
+
+# Many owners
+
+
+async def test_m3_a_write_looks_at_no_other_owner(tmp_path: Path) -> None:
+    """The statements of a put, and of what is due, are as many with 2,000 owners as with one."""
+    counts = []
+    for owners in (1, 2000):
+        clock = Clock()
+        async with opened(tmp_path / f"{owners}.db", clock) as store:
+            here = World(store, clock)
+            store.configure(ttl=TTL, max_bytes=PLENTY)
+            await asyncio.gather(*(store.put(turn("t", f"key-{n}")) for n in range(owners)))
+            await here.tend()
+            said: list[str] = []
+            store._connection.set_trace_callback(said.append)
+            await here.put("a")
+            await here.tend()
+            clock.now += TTL / 2
+            await here.put("b")
+            store.configure(ttl=TTL, max_bytes=store.shares.size - 1)
+            await here.tend()
+            store._connection.set_trace_callback(None)
+            assert store.shares.turns == owners + 1
+            counts.append(len(said))
+    assert counts[1] <= counts[0] + 6  # some transactions may be apart
+
+
+def test_m3_a_share_is_found_among_many() -> None:
+    """Among 20,000 owners a turn is counted, judged and made room for in a moment."""
+    shares = Shares()
+    for number in range(20_000):
+        shares.add(f"key-{number}", 1000 + number)
+    bound = shares.size
+    began = time.process_time()
+    for number in range(1000):
+        owner = f"key-{number * 7}"
+        assert shares.fits(owner, 15_000, bound)
+        shares.add(owner, 1000)
+        largest = shares.largest()
+        assert largest is not None
+        shares.remove(largest, 1000, "size", 0)
+    assert time.process_time() - began < 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from aiproxy.sessions import Head, NoRoomError, Pins, Shares
@@ -25,6 +26,7 @@ _USE = """
 INSERT INTO conversations VALUES (?, ?, ?, ?, 1, 0) ON CONFLICT (id) DO UPDATE SET
     used = max(used, excluded.used), size = size + excluded.size, turns = turns + 1
 """
+_OLDEST = "SELECT id, owner, used, gone FROM conversations ORDER BY used"
 _INSERT_ITEM = "INSERT OR IGNORE INTO items VALUES (?, ?, ?, ?, ?, ?, ?)"
 
 
@@ -65,7 +67,7 @@ class Book:
         self.shares = Shares()
         self.more = False
         self.deleted = False
-        self._before: Shares | None = None
+        self._undo: list[Callable[[], object]] = []  # what the transaction has changed here
         self._last_key = 0
         self.stale = True  # as a crash may have left it
         self._load()
@@ -86,19 +88,18 @@ class Book:
     def begin(self) -> None:
         """Begin a transaction; waits for others that have the file locked."""
         self._execute("BEGIN IMMEDIATE")
-        self._before = self.shares.copy()
 
     def commit(self) -> None:
         """Make durable what was done."""
         self._execute("COMMIT")
-        self._before = None
+        self._undo.clear()
 
     def rollback(self) -> None:
         """Undo what was done."""
+        while self._undo:
+            self._undo.pop()()
         if self._connection.in_transaction:
             self._execute("ROLLBACK")
-        if self._before is not None:
-            self.shares, self._before = self._before, None
 
     def checkpoint(self) -> None:
         """Write of the log into the file what can be, beside those who read."""
@@ -143,6 +144,7 @@ class Book:
                 owner, item.id, key, item.output, item.position, item.size, item.weight,
             ))  # fmt: skip
         self.shares.add(owner, turn.size)
+        self._undo.append(partial(self.shares.remove, owner, turn.size, None))
         if self.shares.size > self.bounds.max_bytes:
             self.more = True
 
@@ -223,6 +225,7 @@ class Book:
         else:
             self._execute("DELETE FROM conversations WHERE id = ? AND turns <= 0", (root,))
         self.shares.remove(owner, size, reason, len(turns))
+        self._undo.append(partial(self.shares.restore, owner, size, reason, len(turns)))
         self.stale = True
 
     def check(self) -> None:
@@ -251,16 +254,14 @@ class Book:
 
     def _due(self) -> tuple[int, str, Removal] | None:
         """The conversation to remove next: its root, its owner, and why."""
-        shares, bounds = self.shares, self.bounds
-        for owner in shares.by_owner:
-            row = self._oldest(owner)
-            if row is None:
-                continue
-            root, used, gone = row
+        shares, bounds, now = self.shares, self.bounds, self._read()
+        rows: Iterable[tuple[int, str, float, int]] = self._execute(_OLDEST)
+        for root, owner, used, gone in rows:
             if gone:
                 return root, owner, _GONE[gone]
-            expired = bounds.ttl and used + bounds.ttl <= self._read()
-            if expired and root not in self._pins:
+            if not bounds.ttl or used + bounds.ttl > now:
+                break
+            if root not in self._pins:
                 return root, owner, "ttl"
         if shares.size > bounds.max_bytes:
             owner = shares.largest() or ""
@@ -284,18 +285,6 @@ class Book:
             first = root if first is None else first
             if root not in self._pins:
                 found = root
-        return first
-
-    def _oldest(self, owner: str) -> tuple[int, float, int] | None:
-        """The least recently used conversation; those in use come after all others."""
-        first = None
-        rows: Iterable[tuple[int, float, int]] = self._execute(
-            "SELECT id, used, gone FROM conversations WHERE owner = ? ORDER BY used", (owner,)
-        )
-        for row in rows:
-            first = first or row
-            if row[2] or row[0] not in self._pins:
-                return row
         return first
 
     def _shrink(self, root: int, owner: str, reason: Removal, most: int) -> int:
