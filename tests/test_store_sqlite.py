@@ -376,6 +376,32 @@ async def test_a_conversation_emptied_while_in_use_leaves_nothing(file: Path) ->
         assert list(store.shares.by_owner) == [BOB]
 
 
+def test_l5_what_was_emptied_is_known_after_a_rollback(file: Path) -> None:
+    """A conversation without a turn is removed later if the transaction that did it was undone."""
+    kept, pins = SessionFile(file, patience=1), Pins()
+    connection = kept.open()
+    book = Book(connection, Bounds(0, PLENTY), pins, patience=1, read=Clock())
+    changing(book, lambda: book.put(turn("a")))
+    head = Reader(connection, pins, Clock()).load(ALICE, "a", 0).head
+    assert head is not None
+    connection.execute("PRAGMA query_only = OFF")
+    pins.add(head.root)
+    book.begin()
+    book.delete(head)
+    book.rollback()
+    assert book._emptied == set()
+    changing(book, lambda: book.delete(head))
+    pins.remove(head.root)
+    book.begin()
+    book.tend()
+    book.rollback()
+    assert connection.execute("SELECT count(*) FROM conversations").fetchone() == (1,)
+    changing(book, book.tend)
+    assert connection.execute("SELECT count(*) FROM conversations").fetchone() == (0,)
+    connection.close()
+    kept.release()
+
+
 # Large content
 
 

@@ -221,7 +221,9 @@ class Book:
             (size, len(turns), root),
         )
         if root in self._pins and reason not in ("ttl", "size"):
-            self._emptied.add(root)  # or will be
+            if root not in self._emptied:
+                self._emptied.add(root)  # or will be
+                self._undo.append(partial(self._emptied.discard, root))
         else:
             self._execute("DELETE FROM conversations WHERE id = ? AND turns <= 0", (root,))
         self.shares.remove(owner, size, reason, len(turns))
@@ -243,6 +245,7 @@ class Book:
         for root in [root for root in self._emptied if root not in self._pins]:
             self._execute("DELETE FROM conversations WHERE id = ? AND turns <= 0", (root,))
             self._emptied.discard(root)
+            self._undo.append(partial(self._emptied.add, root))
         while most > 0:
             found = self._due()
             if found is None:
