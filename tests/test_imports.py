@@ -44,6 +44,7 @@ SAME_LAYER = {
     ("upstream_connection", "upstream_answer"),
     ("upstream", "upstream_answer"),
     ("listener", "reply"),
+    ("stores", "aside"),
     ("__main__", "demo"),
     ("demo", "demo_upstream"),
 }

@@ -15,7 +15,9 @@ from aiproxy.sessions.turn import Item
 from aiproxy.usage import BYTES_PER_TOKEN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from aiproxy.sessions.turn import Found
 
 __all__ = ["LONGEST_ID", "array", "elements", "identified", "ids_of", "item_id", "joined"]
 
@@ -49,6 +51,12 @@ def joined(arrays: Iterable[bytes]) -> bytes:
 def array(items: Iterable[bytes]) -> bytes:
     """An array of these items."""
     return b"".join((b"[", b",".join(items), b"]"))
+
+
+def picked(arrays: Mapping[tuple[int, bool], bytes], found: Sequence[Found]) -> list[bytes]:
+    """These items, of arrays by turn and whether it is the output; each of them is cut once."""
+    cut = {place: elements(array) for place, array in arrays.items()}
+    return [cut[each.turn, each.output][each.position] for each in found]
 
 
 def identified(given: bytes, made: bytes) -> tuple[Item, ...]:

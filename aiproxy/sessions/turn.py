@@ -27,6 +27,10 @@ class NoRoomError(StoreError):
     """A turn does not fit, even if all that may be evicted for it were."""
 
 
+class NotErasedError(StoreError):
+    """A turn is deleted, but what was written of it is still on the disk; all else works."""
+
+
 class Item(NamedTuple):
     """An item of a turn that has an id."""
 
