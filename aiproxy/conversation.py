@@ -299,12 +299,17 @@ class Conversation:
         size = sum(each.size for each in self._referred.all(held=True))
         self._call.hold.take(_COPIES * size)
         known = await self._referred.items(held=True)
-        return array(
-            item
-            if (name := self._referred.names.get(position)) is None
-            else known.get(name) or responses_items.reference(name)
-            for position, item in enumerate(elements(given))
-        )
+        names = self._referred.names
+
+        def put() -> bytes:
+            return array(
+                item
+                if (name := names.get(position)) is None
+                else known.get(name) or responses_items.reference(name)
+                for position, item in enumerate(elements(given))
+            )
+
+        return await aside(put, size + len(given))
 
     # -- reasoning
 

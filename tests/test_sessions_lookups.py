@@ -1,12 +1,15 @@
 """What an upstream that holds conversations for many keys can be made to look up: one's own."""
 
 import json
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from aiproxy import jsontext
+from aiproxy.aside import LARGE
 from aiproxy.dialects import responses_named as rn
 from refusals import Refusal
 from responses import function_item, message_item, reasoning_item, responses_json
@@ -196,3 +199,26 @@ async def test_what_is_named_again_and_again_counts_each_time(
     too_long = Refusal(400, "context_length_exceeded", param="input")
     too_long.check(await ask(proxy, [reference] * 1000, model="elsewhere"))
     assert len(other.requests) == asked + 1
+
+
+async def test_a_large_input_does_not_hold_up_others(
+    begin: Begin, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Items of a large input are found, and put in the place of references, in a thread."""
+    proxy = await begin("replay")
+    upstream.script(json_answer(responses_json(items=[IMAGE])))
+    await turn(proxy, model="shared")
+    loop, threads = threading.get_ident(), dict[str, int]()
+
+    def spied(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def spy(given: Any) -> Any:
+            threads[name] = threading.get_ident()
+            return work(given)
+
+        return spy
+
+    monkeypatch.setattr(rn, "named", spied("named", rn.named))
+    monkeypatch.setattr("aiproxy.conversation.elements", spied("cut", jsontext.elements))
+    await turn(proxy, [REFERENCE, {"role": "user", "content": "x" * LARGE}], model="shared")
+    assert set(threads) == {"named", "cut"}
+    assert loop not in threads.values()
