@@ -75,7 +75,7 @@ def permit(key: Key, envelope: Envelope) -> None:
 
 def _has(value: bytes, name: str) -> bool:
     if value[:1] == b"[":
-        return any(_is(value[start:end], name) for start, end in jsontext.elements(value))
+        return any(_is(element, name) for element in jsontext.elements(value))
     first, _, rest = name.partition(".")
     return any(
         jsontext.key_text(key) == first
@@ -87,7 +87,6 @@ def _has(value: bytes, name: str) -> bool:
 
 def _is(element: bytes, name: str) -> bool:
     """Whether an element is, or has within it, what `name` means."""
-    element = element.strip()
     if element[:1] == b'"':
         return jsontext.key_text(element) == name
     for key, start, end in jsontext.members(element):

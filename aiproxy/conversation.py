@@ -18,9 +18,12 @@ from aiproxy import errors
 from aiproxy.aside import aside
 from aiproxy.dialects import responses_items
 from aiproxy.dialects.responses_items import ENCRYPTED, Replayed
+from aiproxy.jsontext import elements
 from aiproxy.prompt_size import Size
-from aiproxy.sessions import NOTHING, Content, Turn, new_response_id
-from aiproxy.sessions.items import LONGEST_ID, array, elements, identified, ids_of, joined
+from aiproxy.referred import Referred, is_there
+from aiproxy.sessions import NOTHING, ROW, Content, Turn, new_response_id
+from aiproxy.sessions.items import array, identified, ids_of, joined
+from aiproxy.usage import estimate_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -28,16 +31,17 @@ if TYPE_CHECKING:
     from aiproxy.call import Call
     from aiproxy.config import Target
     from aiproxy.dialects import Asked, Dialect
-    from aiproxy.dialects.responses_items import Reference
     from aiproxy.dialects.responses_object import Produced
     from aiproxy.dialects.spoken import Way
     from aiproxy.envelope import Envelope
     from aiproxy.errors import ProxyError
     from aiproxy.session_gate import SessionGate
-    from aiproxy.sessions import Delta, Found, Head
+    from aiproxy.sessions import Delta, Head
     from aiproxy.usage import Usage
 
 _ID = re.compile(r"[A-Za-z0-9._:~-]{1,256}", re.ASCII)  # of an upstream, fit for a path
+# Of what is brought in: its pieces and the input made of them; then this and the body to send.
+_COPIES = 2
 
 
 class Conversation:
@@ -52,8 +56,8 @@ class Conversation:
         self._call = call
         self._asked = asked
         self.parent: Head | None = None
-        self._references: list[Reference] = []
-        self._found: Mapping[str, Found] = {}
+        self._referred = Referred(gate, call)
+        self._given = 0  # bytes of the new items, at least
         self._input = b""  # the new items, as they are kept
         self._include: bytes | None = None  # as the client wrote it, where something was added
         self._included = False
@@ -77,13 +81,10 @@ class Conversation:
                 raise errors.previous_response_not_found(previous)
             self.parent = head
             gate.pin(head)
-        self._references = responses_items.references(envelope.raw("input"))
-        if self._references:
-            wanted = dict.fromkeys(each.id for each in self._references)
-            ids = [each for each in wanted if each is not None and len(each) <= LONGEST_ID]
-            self._found = await gate.find(exchange, ids)
-            if len(self._found) < len(wanted):
-                raise errors.item_not_found()
+        given = envelope.raw("input")
+        await self._referred.look(given)
+        if given is not None and not self._referred.names:  # these may name what is smaller
+            self._given = len(given)
         self._check_bounds(envelope.size)
 
     def _check_bounds(self, size: int) -> None:
@@ -104,22 +105,22 @@ class Conversation:
     def recalled(self) -> int:
         """Bytes of stored items that the request brings in."""
         before = 0 if self.parent is None else self.parent.size
-        return before + sum(found.size for found in self._found.values())
+        return before + sum(each.size for each in self._referred.all())
 
     @property
     def goes_on(self) -> bool:
         """Whether it brings in anything that is stored."""
-        return self.parent is not None or bool(self._found)
+        return self.parent is not None or bool(self._referred.found)
 
     @property
     def prefers(self) -> str | None:
         """The upstream that made what it goes on from."""
         if self.parent is not None:
             return self.parent.upstream
-        found = list(self._found.values())
+        found = list(self._referred.found.values())
         return found[-1].upstream if found else None
 
-    async def place(self, way: Way, envelope: Envelope) -> None:
+    async def place(self, way: Way) -> None:
         """Take the target that the request goes to, and the dialect that it is spoken to.
 
         Raises:
@@ -130,7 +131,7 @@ class Conversation:
         self._sent_model = target.model or self._asked.model
         self._spoken = spoken
         self._theirs = target.upstream.sessions == "upstream" and not spoken.translates
-        parent, found = self.parent, self._found.values()
+        parent, found = self.parent, self._referred.found.values()
         here = parent.held if parent is not None else not self._theirs
         if parent is not None and not parent.held:
             there = self._theirs and parent.upstream == self._upstream
@@ -141,21 +142,25 @@ class Conversation:
                     " serve this model here.",
                 )
         # An item that an upstream holds can be referred to there alone.
-        if any(not each.held and (here or each.upstream != self._upstream) for each in found):
+        if any(not each.held and (here or not is_there(each, self._upstream)) for each in found):
             raise errors.item_not_found()
         if self._theirs:
-            await self._check_items(envelope)
+            await self._referred.check(self._upstream)
+        elif self._asked.store:
+            self._check_room()
 
-    async def _check_items(self, envelope: Envelope) -> None:
-        """Refuse ids that the upstream would look up, unless they are this key's."""
-        wanted = list(dict.fromkeys(responses_items.needs_lookup(envelope.raw("input"))))
-        if not wanted:
-            return
-        if any(len(each) > LONGEST_ID for each in wanted):
-            raise errors.item_not_found()
-        found = await self._gate.find(self._call.exchange, wanted)
-        if len(found) < len(wanted):
-            raise errors.item_not_found()
+    def _check_room(self) -> None:
+        """Refuse a turn that could not be kept, before its answer is made and paid for.
+
+        This is less than what it will come to: what it is answered is not known, nor what else its
+        conversation holds.
+        """
+        shares, bound = self._gate.shares, self._gate.bounds.max_bytes
+        least = ROW + self._given
+        before = 0 if self.parent is None else self.parent.size
+        owner = self._call.exchange.key
+        if shares.size + least > bound and not shares.fits(owner, before + least, bound):
+            raise errors.no_room("the conversation does not fit in sessions.max_bytes")
 
     def tokens(self, estimate: Callable[[Size], int]) -> int:
         """Input tokens of what is stored: as its last turn used, or as `estimate` says."""
@@ -163,8 +168,9 @@ class Conversation:
         if self.parent is not None:
             tokens = self.parent.tokens
             found = estimate(Size(self.parent.size, 0)) if tokens is None else tokens
-        if self._found:
-            found += estimate(Size(sum(each.weight for each in self._found.values()), 0))
+        if self._referred.found:
+            weight = sum(each.weight for each in self._referred.all())
+            found += estimate(Size(weight, 0))
         return found
 
     def end(self) -> None:
@@ -212,9 +218,9 @@ class Conversation:
         self._input = given
         if not self.goes_on:
             return
-        self._call.hold.take(self.recalled)
+        self._call.hold.take(_COPIES * self.recalled)
         path = await self._path()
-        items = await self._items()
+        items = await self._referred.items()
         sent = await aside(lambda: self._assemble(path, given, items), self.recalled + len(given))
         if self._call.exchange.reasoning_left_out:
             self._gate.reasoning_left_out(self._call.exchange)
@@ -231,16 +237,6 @@ class Conversation:
         self._call.exchange.replayed_turns = len(path)
         return path
 
-    async def _items(self) -> Mapping[str, bytes]:
-        """The items that are referred to, by id."""
-        found = list(self._found.values())
-        if not found:
-            return {}
-        items = await self._gate.items(self._call.exchange.key, found)
-        if items is None:
-            raise errors.item_not_found()
-        return {each.id: item for each, item in zip(found, items, strict=True)}
-
     def _assemble(self, path: Sequence[Delta], given: bytes, items: Mapping[str, bytes]) -> bytes:
         """The whole input: the turns before, then the new items."""
         left_out = 0
@@ -253,18 +249,17 @@ class Conversation:
                 kept = self._readable(each, turn.upstream)
                 arrays.append(kept.items)
                 left_out += kept.foreign
-        if self._references:
+        if self._referred.names:
             there = {item_id for turn in path for item_id in ids_of(turn.input, turn.output)}
             new, sent = [], []
-            names = {each.position: each.id or "" for each in self._references}
             for position, item in enumerate(elements(given)):
-                name = names.get(position)
+                name = self._referred.names.get(position)
                 if name is None:
                     new.append(item)
                     sent.append(item)
                 elif name not in there:
                     new.append(items[name])
-                    kept = self._readable(array([items[name]]), self._found[name].upstream)
+                    kept = self._readable(array([items[name]]), self._referred.found[name].upstream)
                     sent.extend(elements(kept.items))
                     left_out += kept.foreign
             self._input = array(new)
@@ -292,25 +287,29 @@ class Conversation:
             # It began here: it goes on there with all that was said.
             self._asked.own = {"previous_response_id": msgspec.json.encode(parent.id)}
             await self._expand(envelope)
-        elif self._references:
+            await self._referred.check_brought(envelope.raw("input"), self._upstream)
+        elif self._referred.names:
             given = responses_items.as_array(envelope.raw("input"))
             envelope.put_raw("input", await self._with_known(given))
+            if any(each.held for each in self._referred.found.values()):
+                await self._referred.check_brought(envelope.raw("input"), self._upstream)
 
     async def _with_known(self, given: bytes) -> bytes:
         """The input with the items that are held here in place of their references."""
-        held = [each for each in self._found.values() if each.held]
-        self._call.hold.take(sum(each.size for each in held))
-        items = await self._gate.items(self._call.exchange.key, held) if held else []
-        if items is None:
-            raise errors.item_not_found()
-        known = {each.id: item for each, item in zip(held, items, strict=True)}
-        names = {each.position: each.id or "" for each in self._references}
-        return array(
-            item
-            if (name := names.get(position)) is None
-            else known.get(name) or responses_items.reference(name)
-            for position, item in enumerate(elements(given))
-        )
+        size = sum(each.size for each in self._referred.all(held=True))
+        self._call.hold.take(_COPIES * size)
+        known = await self._referred.items(held=True)
+        names = self._referred.names
+
+        def put() -> bytes:
+            return array(
+                item
+                if (name := names.get(position)) is None
+                else known.get(name) or responses_items.reference(name)
+                for position, item in enumerate(elements(given))
+            )
+
+        return await aside(put, size + len(given))
 
     # -- reasoning
 
@@ -358,29 +357,42 @@ class Conversation:
         Raises:
             ProxyError: it cannot be stored; the client must not be told that it is complete.
         """
-        turn = await aside(lambda: self._turn(produced, usage), len(produced.output))
+        size = len(self._input) + len(produced.output)
+        turn = await aside(lambda: self._turn(produced, usage), size)
         if turn is not None:
             await self._gate.put(turn)
 
     def _turn(self, produced: Produced, usage: Usage | None) -> Turn | None:
-        asked = self._asked
+        asked, parent = self._asked, self.parent
         if self._theirs:
             response_id, content = produced.id or "", NOTHING
             if not _ID.fullmatch(response_id):
                 return None  # no client could name it
+            if parent is not None and parent.id == response_id:
+                parent = None  # it takes its place: the upstream calls the conversation so
         else:
             response_id = msgspec.json.decode(asked.own["id"], type=str)
             content = Content(self._input, produced.output, produced.before, produced.after)
         return Turn(
             id=response_id,
             owner=self._call.exchange.key,
-            parent=self.parent,
+            parent=parent,
             created=int(time.time()),
-            model=asked.model,
+            # What an upstream holds it shows under its own name, unless the answer had another.
+            model="" if self._theirs and not asked.renamed else asked.model,
             upstream=self._upstream,
-            tokens=None if usage is None else usage.total,
+            tokens=self._spent(usage, len(produced.output)),
             held=not self._theirs,
             reasons=responses_items.may_reason(content.input, content.output),
             content=content,
             items=identified(content.input, produced.output),
         )
+
+    def _spent(self, usage: Usage | None, output: int) -> int | None:
+        """Tokens of the turn and those before it; None: what is kept here tells how many."""
+        if usage is not None:
+            return usage.total
+        estimate = self._call.estimate
+        if not self._theirs or estimate is None:
+            return None
+        return estimate.input + estimate_output(0, output)  # nothing is kept that could tell later

@@ -47,7 +47,7 @@ class Counting:
             raise errors.unknown_url("POST", f"/v1{dialect.path}")
         way = Way(asked, target, dialect)
         if conversation is not None:
-            await conversation.place(way, envelope)
+            await conversation.place(way)
         await proxy.admit(call)
         if conversation is not None:
             await conversation.recall(envelope)

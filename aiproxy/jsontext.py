@@ -12,6 +12,9 @@ import re
 from itertools import accumulate
 from typing import TYPE_CHECKING, NoReturn
 
+import msgspec
+from msgspec import Raw
+
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
@@ -22,6 +25,8 @@ _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[{}\[\],:]|[^\s"{}\[\],:]+', 
 _NOT_STRUCTURE = bytes(c for c in range(256) if c not in b'[]{}"')
 _ONE_KIND = bytes.maketrans(b"[]", b"{}")  # to count nesting, arrays and objects are alike
 _HIDDEN = re.compile(rb"\\u00[4-7]")  # a letter of a name that is written as an escape
+_ESCAPES = (rb"\u004", rb"\u005", rb"\u006", rb"\u007")  # each is searched far faster than all
+_GAP = re.compile(rb"[\s,]*")  # between elements of an array
 _ENDS = (b",", b"}", b" ", b"\n", b"\r", b"\t")  # what may follow a member
 _STEP = {0x7B: 1, 0x7D: -1}
 _PEEL = 32  # rounds of removing innermost pairs, each far cheaper than counting one by one
@@ -90,9 +95,53 @@ def members(document: bytes) -> list[tuple[bytes, int, int]]:
     return [(key, start, end) for key, start, end in _parts(document) if key is not None]
 
 
-def elements(document: bytes) -> list[tuple[int, int]]:
-    """Start and end of the elements of an array, in a document that is known to be valid JSON."""
-    return [(start, end) for key, start, end in _parts(document) if key is None]
+_elements = msgspec.json.Decoder(list[Raw])
+
+
+def cut(document: bytes) -> Sequence[Raw | bytes]:
+    """The elements of an array, as written, in a document that is known to be valid JSON."""
+    try:
+        return _elements.decode(document)
+    except (msgspec.DecodeError, RecursionError):  # a lone surrogate
+        pass
+    try:
+        found = _elements.decode(masked(document))
+    except (msgspec.DecodeError, RecursionError):
+        return [document[start:end] for key, start, end in _parts(document) if key is None]
+    whole, at = [], 1
+    for each in found:
+        start = _GAP.match(document, at).end()  # type: ignore[union-attr] # it matches nothing, too
+        at = start + len(bytes(each))
+        whole.append(document[start:at])
+    return whole
+
+
+def elements(document: bytes) -> list[bytes]:
+    """The same, as bytes without space around them."""
+    return [bytes(each).strip() for each in cut(document)]
+
+
+def masked(document: bytes) -> bytes:
+    """The same JSON without lone surrogates, which a strict decoder refuses.
+
+    Every byte stays in its place; what is written with escapes may become other letters, but none
+    of ASCII.
+    """
+    return document.replace(b"\\ud", b"\\u8").replace(b"\\uD", b"\\u8")
+
+
+def hides(document: bytes) -> bool:
+    """Whether a letter of ASCII may be written as an escape."""
+    return b"\\u00" in document and any(escape in document for escape in _ESCAPES)
+
+
+def distinct(document: bytes, members: Mapping[str, bytes | Raw]) -> bool:
+    """Whether an object has just these members: none is given twice, none has a quote in its name.
+
+    A name that is given twice shows in the quotes outside of the values that count.
+    """
+    inside = sum(bytes(value).count(b'"') for value in members.values())
+    return document.count(b'"') - inside == 2 * len(members)
 
 
 def key_text(key: bytes) -> str:

@@ -199,7 +199,7 @@ class Proxy:
         target = self.target(call, route, dialect)
         way = Way(asked, target, spoken(dialect, target.upstream))
         if conversation is not None:
-            await conversation.place(way, envelope)
+            await conversation.place(way)
         await self._check(way, route, envelope)
         await self._admit(call, asked, route, envelope, dialect)
         rename(way, envelope)

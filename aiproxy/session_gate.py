@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiproxy import errors
-from aiproxy.sessions import Loaded, NoRoomError, StoreError
+from aiproxy.sessions import Loaded, NoRoomError, NotErasedError, StoreError
 from aiproxy.sessions.items import LONGEST_ID
 from aiproxy.stores.memory_sessions import MemorySessions
 from aiproxy.stores.sqlite import SqliteSessions
@@ -181,6 +181,8 @@ class SessionGate:
             self._failed(operation, error)
             if isinstance(error, NoRoomError):
                 raise errors.no_room(str(error)) from None
+            if isinstance(error, NotErasedError):
+                raise errors.not_erased() from None
             raise errors.store_unavailable() from None
         else:
             self._done(operation)
@@ -203,6 +205,8 @@ class SessionGate:
         self._metrics.store_failed(self.name, operation)
         if isinstance(error, NoRoomError):
             self._log.warning("turn not kept", reason=str(error))
+        elif isinstance(error, NotErasedError):
+            self._log.warning("deletion not finished", store=self.name, reason=str(error))
         elif not self.away:
             self.away = True
             self._log.error(

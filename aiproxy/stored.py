@@ -204,7 +204,9 @@ def _list(items: list[tuple[str, bytes]], *, more: bool) -> bytes:
 
 
 def _with_model(body: bytes, head: Head) -> bytes:
-    """The object with the model as the client wrote it."""
+    """The object with the model as the client wrote it, where its answer had that."""
+    if not head.model:
+        return body
     members = members_of(body) or {}
     known = {name: bytes(value) for name, value in members.items() if name == "model"}
     return jsontext.amend(body, known, {"model": msgspec.json.encode(head.model)})

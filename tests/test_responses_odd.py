@@ -10,7 +10,7 @@ from msgspec import Raw
 
 from aiproxy import jsontext
 from aiproxy.dialects import Asked, members_of
-from aiproxy.dialects.responses_object import amended, produced
+from aiproxy.dialects.responses_object import amended, produced, with_response
 from aiproxy.dialects.responses_output import Output
 from test_jsontext import Member, objects, text_of
 
@@ -106,3 +106,26 @@ def test_deltas_that_are_no_json_are_not_kept_as_json(text: bytes) -> None:
     gathered.text(b'{"type":"response.output_text.delta","delta":"%b","output_index":0}' % text)
     for item in gathered.items():
         json.loads(item)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"type":"x","response":{"id":"r1"}, "response":{"id":"r2"}}',
+        b'{"type":"x","response":{"id":"r2"}, "response":{"id":"r2"}}',
+        rb'{"type":"x","\u0072esponse":{"id":"r1"},"response":{"id":"r2"} }',
+        rb'{"type":"\"response\":","x":{"response":{"id":"r3"}},"response":{"id":"r2"}}',
+    ],
+)
+def test_no_reader_of_an_event_sees_another_response(data: bytes) -> None:
+    """Whichever of two response objects a reader takes, it has what is ours in it."""
+    event = members_of(data)
+    assert event is not None
+    told = with_response(data, event, b'{"id":"ours"}')
+    found = [
+        told[start:end]
+        for key, start, end in jsontext.members(told)
+        if jsontext.key_text(key) == "response"
+    ]
+    assert found == [b'{"id":"ours"}'] * (1 if b"r3" in data else 2)
+    assert told.count(b"r3") == data.count(b"r3")

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from aiproxy import jsontext
 from aiproxy.dialects import responses_items as ri
-from aiproxy.dialects.responses_items import Reference, Replayed
-from aiproxy.sessions.items import LONGEST_ID, array, elements, identified, ids_of, joined
+from aiproxy.dialects.responses_items import Replayed
+from aiproxy.sessions.items import LONGEST_ID, array, elements, identified, ids_of, item_id, joined
+from cost import least
 
 SPACE = st.sampled_from(["", " ", "\n\t ", "\r\n"])
 VALUES: st.SearchStrategy[Any] = st.recursive(
@@ -51,6 +52,35 @@ def test_ids_are_found_however_they_are_written() -> None:
     assert ids_of(given_, made) >= {"a", "b", "c"}
 
 
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        (b'{"id":"a"}', "a"),
+        (b'{"id":"a","id":"b"}', "b"),
+        (rb'{"\u0069d":"\u0061"}', "a"),
+        (rb'{"x":"\ud800","id":"a"}', "a"),
+        (rb'{"x":"\ud800","id":"\u8800\ud83d\ude00"}', "\u8800\U0001f600"),
+        (rb'{"x":"\uD800","id":"\ud800"}', None),
+        (rb'{"id":"\ud800"}', None),
+        (rb'{"id":"\ud800","id":null}', None),
+        (b'{"id":7}', None),
+        (b'{"id":["a"]}', None),
+        (b'"id"', None),
+        (b"7", None),
+        (b"{}", None),
+    ],
+)
+def test_the_id_of_an_item(item: bytes, expected: str | None) -> None:
+    """It is a text of Unicode, whatever else is in the item."""
+    assert item_id(item) == expected
+
+
+def test_odd_ids_do_not_make_all_others_costly() -> None:
+    """One item with an id of another kind leaves the work as small as what JSON itself costs."""
+    whole = array([b'{"id":7}', *[b'{"id":"a","x":[%b]}' % (b"1," * 400 + b"1")] * 1000])
+    assert least(lambda: ids_of(whole)) < 5 * least(lambda: json.loads(whole))
+
+
 def test_an_image_weighs_as_its_tokens() -> None:
     """The data of an item counts by what it costs, not by its length."""
     data = "A" * 400_000
@@ -58,47 +88,6 @@ def test_an_image_weighs_as_its_tokens() -> None:
     (found,) = identified(b"[]", json.dumps([item]).encode())
     assert found.size > 400_000
     assert found.weight < 10_000
-
-
-REFERENCES = {
-    b'"text"': [],
-    b'[{"type":"item_reference","id":"a"}]': [Reference(0, "a")],
-    b'[{"role":"user","content":"x"},{"id":"a"}]': [Reference(1, "a")],
-    b'[{"id":"a","type":null}]': [Reference(0, "a")],
-    b'[{"t\\u0079pe":"item_reference","id":"a","type":"message"}]': [Reference(0, "a")],
-    b'[{"type":"item_reference"}]': [Reference(0, None)],
-    b'[{"type":"item_reference","id":7}]': [Reference(0, None)],
-    b'[{"type":"message","id":"a","role":"user","content":"item_reference"}]': [],
-    b'[{"type":"function_call","id":"a","call_id":"c","name":"n","arguments":"{}"}]': [],
-}
-
-
-@pytest.mark.parametrize("given_", REFERENCES)
-def test_references(given_: bytes) -> None:
-    """What any reader could take for a reference is one."""
-    assert ri.references(given_) == REFERENCES[given_]
-
-
-LOOKED_UP = {
-    b'[{"type":"image_generation_call","id":"ig_1"}]': ["ig_1"],
-    b'[{"type":"image_generation_call","id":"ig_1","result":null,"status":"completed"}]': ["ig_1"],
-    b'[{"type":"image_generation_call","id":"ig_1","result":"AAAA"}]': [],
-    b'[{"type":"reasoning","id":"rs_1","summary":[]}]': ["rs_1"],
-    b'[{"type":"reasoning","id":"rs_1","summary":[{"type":"summary_text","text":"x"}]}]': ["rs_1"],
-    b'[{"type":"reasoning","id":"rs_1","summary":[],"encrypted_content":"gA"}]': [],
-    b'[{"type":"reasoning","id":"rs_1","content":[{"type":"reasoning_text","text":"x"}]}]': [],
-    b'[{"type":"message","id":"m","role":"user","content":"x"}]': [],
-    b'[{"type":"web_search_call","id":"ws_1","action":{"type":"search"}}]': [],
-    b'[{"type":"function_call","i\\u0064":"fc","call_id":"c","name":"n","arguments":"{}"}]': [],
-    b'[{"type":"item_reference","id":"a"}]': [],  # looked up as such
-    b'"text"': [],
-}
-
-
-@pytest.mark.parametrize("given_", LOOKED_UP)
-def test_what_an_upstream_may_look_up(given_: bytes) -> None:
-    """An item that says nothing but its id stands for what the upstream knows of it."""
-    assert ri.needs_lookup(given_) == LOOKED_UP[given_]
 
 
 def test_reasoning_goes_back_to_its_origin_alone() -> None:

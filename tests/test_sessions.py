@@ -3,11 +3,14 @@
 import asyncio
 import json
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from aiproxy import conversation
+from aiproxy.aside import LARGE
 from client import RawClient
 from responses import function_item, message_item, reasoning_item, responses_events, responses_json
 from rig import Proxy, prompt
@@ -281,3 +284,24 @@ async def test_a_thousand_immediate_follow_ups(
                 previous = response_of(answer)["id"]
     assert len(upstream.requests) == 11 * chains
     assert len(heard(upstream.requests[-1])) == 21
+
+
+@pytest.mark.parametrize("large", ["asked", "answered"])
+async def test_a_large_turn_is_not_looked_through_in_the_loop(
+    proxy: Proxy, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, large: str
+) -> None:
+    """What is kept is made ready in a thread if it is large, be it for its input or its output."""
+    loop, threads = threading.get_ident(), list[int]()
+    making = conversation.Conversation._turn
+
+    def made(*arguments: Any) -> Any:
+        threads.append(threading.get_ident())
+        return making(*arguments)
+
+    monkeypatch.setattr(conversation.Conversation, "_turn", made)
+    await turn(proxy, "small")
+    assert threads == [loop]
+    if large == "answered":
+        upstream.text = "x" * (LARGE + 1)
+    await turn(proxy, "x" * (LARGE + 1) if large == "asked" else "small")
+    assert threads[1] != loop

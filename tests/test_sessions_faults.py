@@ -21,6 +21,7 @@ from responses import message_item, reasoning_item, responses_events, responses_
 from rig import TEAM_B, Proxy
 from sessions_rig import (
     NO_PARENT,
+    NOT_FOUND,
     STORES,
     Serve,
     ask,
@@ -186,6 +187,28 @@ async def test_nothing_is_left_after_a_delete(
     assert CANARY.encode() not in (await proxy.admin("/metrics")).body
     await proxy.stop()
     assert files_with(tmp_path, CANARY) == []
+
+
+@pytest.mark.timeout(30)  # waits for a bounded wait, of about MOST_WAIT
+async def test_a_delete_while_a_backup_reads(
+    proxy: Proxy, upstream: ScriptedUpstream, other: sqlite3.Connection, tmp_path: Path
+) -> None:
+    """It is refused for now, the turn is gone for all else, and a repeat is answered when true."""
+    made = (await canaries(proxy, upstream))[0]
+    other.execute("BEGIN")
+    other.execute("SELECT count(*) FROM turns").fetchone()
+    async with asyncio.timeout(MOST_WAIT):
+        AWAY.check(await use(proxy, "delete", made))
+    NOT_FOUND.check(await use(proxy, "get", made))
+    NOT_FOUND.check(await use(proxy, "input_items", made))
+    NO_PARENT.check(await use(proxy, "continue", made))
+    await check_unknown(proxy, made, key=TEAM_B)
+    assert (await proxy.admin("/-/ready")).status == 200
+    other.execute("ROLLBACK")
+    answer = await use(proxy, "delete", made)
+    assert (answer.status, answer.json()["deleted"]) == (200, True)
+    await check_unknown(proxy, made)
+    assert (await use(proxy, "get", (await turn(proxy, "kept"))["id"])).status == 200
 
 
 async def test_nothing_is_written_of_an_unstored_turn(

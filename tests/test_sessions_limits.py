@@ -10,7 +10,7 @@ from answers import Usage
 from client import Answer
 from invariants import check_invariants, eventually
 from refusals import Refusal
-from responses import responses_json
+from responses import responses_events, responses_json
 from rig import ABSENT, AMPLE, TEAM_A, TEAM_B, Proxy, key_hash, totals
 from sessions_rig import (
     NO_PARENT,
@@ -25,12 +25,13 @@ from sessions_rig import (
     turn,
     use,
 )
-from steps import json_answer
+from steps import json_answer, stream
 from upstream import ScriptedUpstream
 
 HOLDER = "replay"
 
 TOO_LONG = Refusal(400, "context_length_exceeded", param="previous_response_id")
+NO_RETRY = {"retry-after": None, "x-should-retry": "false"}
 LARGE = Usage(input=99_000, cached=0, output=1_000, reasoning=0)  # 100,000 in all
 SMALL = Usage(input=300, cached=0, output=10, reasoning=0)
 BACKGROUND = 5.0  # seconds within which expiry and eviction have been at work
@@ -117,16 +118,21 @@ async def test_a_continued_turn_reserves_its_history(
     assert remaining(after) > before - 20_000  # settled with what it really was
 
 
+@pytest.mark.parametrize("mode", ["replay", "upstream"])
+@pytest.mark.parametrize("streamed", [False, True])
 async def test_a_history_of_unknown_usage_is_reserved_by_its_size(
-    serve: Serve, upstream: ScriptedUpstream, store: str
+    serve: Serve, upstream: ScriptedUpstream, store: str, mode: str, *, streamed: bool
 ) -> None:
-    """Where the upstream gave no usage, what is stored of the path is what it costs."""
-    proxy = await serve(keys=limited(tokens="1000000/day"), sessions={"store": store})
+    """Where the upstream gave no usage, what was asked and answered on the path is its cost."""
+    keys = limited(tokens="1000000/day")
+    mode_of = {"scripted": {"sessions": mode}}
+    proxy = await serve(keys=keys, upstreams=mode_of, sessions={"store": store})
     freeze(proxy)
-    upstream.script(json_answer(responses_json(usage=None)))
-    first = await turn(proxy, "word " * 40_000)
-    upstream.script(json_answer(responses_json(usage=None)))
-    parent = await turn(proxy, "word " * 40_000, first["id"])
+    for _ in range(2):
+        frames, whole = responses_events(usage=None), responses_json(usage=None)
+        upstream.script(stream(frames) if streamed else json_answer(whole))
+    first = await turn(proxy, "word " * 40_000, streamed=streamed)
+    parent = await turn(proxy, "word " * 40_000, first["id"], streamed=streamed)
     alone = remaining(await ask(proxy, "x"))
     continued = remaining(await ask(proxy, "x", parent["id"]))
     assert 80_000 < alone - continued < 150_000
@@ -334,3 +340,43 @@ async def test_everything_else_holds_still(
     for verb in VERBS:
         await use(proxy, verb, own)
     await check_invariants(proxy, upstream, bodies=bodies)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_turn_that_cannot_be_kept_is_not_made(
+    serve: Serve, upstream: ScriptedUpstream, store: str, *, streamed: bool
+) -> None:
+    """Where the question alone does not fit, with its history, the upstream is not asked."""
+    proxy = await serve(sessions={"store": store, "max_bytes": "64KiB"})
+    theirs = (await turn(proxy, "x" * 20_000, key=TEAM_B))["id"]
+    own = (await turn(proxy, "x" * 20_000))["id"]
+    asked = len(upstream.requests)
+    refusal = Refusal(503, "store_unavailable", "server_error", headers=NO_RETRY)
+    for given, previous in (("x" * 64_000, None), ("x" * 30_000, own)):
+        answer = await ask(proxy, given, previous, streamed=streamed)
+        refusal.check(answer, upstream="scripted")
+        assert "store" in answer.json()["error"]["message"]
+    assert len(upstream.requests) == asked
+    await turn(proxy, "x" * 64_000, store=False, streamed=streamed)
+    await turn(proxy, "x" * 15_000, own, streamed=streamed)
+    assert (await use(proxy, "get", theirs, key=TEAM_B)).status == 200
+    await check_invariants(proxy, upstream)
+
+
+async def test_a_history_is_in_memory_twice(
+    serve: Serve, upstream: ScriptedUpstream, store: str
+) -> None:
+    """What is brought in counts in `max_buffered` as often as it is there; all is given back."""
+    bounds = {"max_body": "48KiB", "max_buffered": "64KiB"}
+    proxy = await serve(**bounds, sessions={"store": store})
+    item = {"type": "message", "role": "user", "content": "x" * 40_000, "id": "msg_own"}
+    large, small = await turn(proxy, [item]), await turn(proxy, "x" * 20_000)
+    asked = len(upstream.requests)
+    reference = [{"type": "item_reference", "id": "msg_own"}]
+    for given, previous in (("more", large["id"]), (reference, None)):
+        answer = await ask(proxy, given, previous)
+        assert (answer.status, answer.json()["error"]["code"]) == (503, "overloaded")
+    assert len(upstream.requests) == asked
+    for _ in range(3):
+        await turn(proxy, "more", small["id"])
+    await check_invariants(proxy, upstream)

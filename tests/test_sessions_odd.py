@@ -3,6 +3,7 @@
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -136,6 +137,27 @@ async def test_upstreams_that_give_everyone_the_same_id(
         item = message_item(item_id="msg_1")
         upstream.script(json_answer(responses_json(items=[item], response_id="resp_mock")))
         await turn(passing, key=key)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_an_upstream_that_names_the_conversation(
+    passing: Proxy, upstream: ScriptedUpstream, *, streamed: bool
+) -> None:
+    """Where every turn has the same id, the id stands for the latest, and stays one's own."""
+    previous = None
+    for text in ("one", "two", "three", "four"):
+        facts: dict[str, Any] = {"response_id": "resp_mock", "items": [message_item(text)]}
+        whole = responses_json(**facts)
+        step = stream(responses_events(**facts)) if streamed else json_answer(whole)
+        upstream.script(step)
+        upstream.default.held["resp_mock"] = whole  # type: ignore[union-attr] # the fixture's own
+        previous = (await turn(passing, text, previous, streamed=streamed))["id"]
+        assert (await use(passing, "get", previous)).status == 200
+    assert upstream.requests[-2].json()["previous_response_id"] == "resp_mock"
+    stored = totals(await passing.metrics(), "aiproxy_sessions_stored_turns", "")
+    assert stored == {"": 1}
+    assert (await use(passing, "delete", "resp_mock")).status == 200
+    await check_unknown(passing, "resp_mock")
 
 
 async def test_texts_that_are_no_unicode(proxy: Proxy, upstream: ScriptedUpstream) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from client import Answer
 from invariants import eventually
-from responses import message_item, reasoning_item, responses_json
+from responses import message_item, reasoning_item, responses_events, responses_json
 from rig import TEAM_B, Proxy
 from sessions_rig import (
     NO_PARENT,
@@ -26,7 +26,7 @@ from sessions_rig import (
     untold,
     use,
 )
-from steps import json_answer
+from steps import json_answer, stream
 from upstream import ScriptedUpstream
 
 HOLDER = "replay"
@@ -87,6 +87,22 @@ async def test_a_stream_passes_byte_for_byte(proxy: Proxy, upstream: ScriptedUps
     answer = await ask(proxy, streamed=True)
     made = list(upstream.default.held)  # type: ignore[union-attr] # the fixture's own
     assert answer.body.count(made[0].encode()) >= 3
+
+
+@pytest.mark.parametrize("model", ["gpt-test", "renamed"])
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_response_has_the_model_that_its_answer_had(
+    proxy: Proxy, upstream: ScriptedUpstream, model: str, *, streamed: bool
+) -> None:
+    """GET tells the name that POST told: the upstream's, or the client's where it is renamed."""
+    named = responses_json(model="dated-2026-01-01")
+    facts = {"response_id": named["id"], "items": named["output"], "model": named["model"]}
+    step = stream(responses_events(**facts)) if streamed else json_answer(named)
+    upstream.script(step)
+    upstream.default.held[named["id"]] = named  # type: ignore[union-attr] # the fixture's own
+    made = await turn(proxy, model=model, streamed=streamed)
+    assert made["model"] == ("renamed" if model == "renamed" else "dated-2026-01-01")
+    assert (await use(proxy, "get", made["id"])).json()["model"] == made["model"]
 
 
 async def test_calls_are_forwarded(proxy: Proxy, upstream: ScriptedUpstream) -> None:

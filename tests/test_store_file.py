@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ async def test_it_is_all_there_again(file: Path) -> None:
     await store.put("c", ids=["msg_1"])
     clock.now += 1
     await store.path(b)
-    shares = store.store.shares.copy()
+    shares = deepcopy(store.store.shares)
     await store.store.close()
 
     again = World(opened(file, clock), clock)
@@ -207,7 +208,7 @@ async def test_f33_a_locked_file_is_waited_for_but_shortly(
 ) -> None:
     """Writing fails within the patience, reading goes on; then all is well again."""
     await store.put(turn("a"))
-    before = store.shares.copy()
+    before = deepcopy(store.shares)
     loop = asyncio.get_running_loop()
 
     async def during() -> None:
@@ -226,7 +227,7 @@ async def test_f33_a_locked_file_is_waited_for_but_shortly(
 async def test_f31_a_full_disk_loses_nothing(store: SqliteSessions) -> None:
     """Of what cannot be written nothing is there, nothing is counted, and room helps."""
     await store.put(turn("a"))
-    before = store.shares.copy()
+    before = deepcopy(store.shares)
     pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
     store._connection.execute(f"PRAGMA max_page_count = {pages}")
     large = [turn(f"large {number}", size=100_000) for number in range(3)]

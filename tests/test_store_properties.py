@@ -443,18 +443,37 @@ def test_what_fits_stays_when_others_give_way(
 
 
 def test_shares_forget_who_holds_nothing() -> None:
-    """An owner whose last turn went is none any more; a copy changes on its own."""
+    """An owner whose last turn went is none any more; what is taken back counts as before."""
     shares = Shares()
     shares.add("a", 5)
     shares.add("b", 7, 2)
-    copy = shares.copy()
+    shares.remove("b", 2, "ttl")
+    shares.restore("b", 2, "ttl")
     shares.remove("a", 5, "ttl")
     shares.remove("b", 3, None)
     assert shares == Shares({"b": Share(4, 1)}, {"ttl": 1, "size": 0, "deleted": 0}, 4, 1)
     assert shares.largest() == "b"
-    assert copy == Shares(
-        {"a": Share(5, 1), "b": Share(7, 2)}, {"ttl": 0, "size": 0, "deleted": 0}, 12, 3
-    )
     shares.remove("b", 4, "deleted")
     assert (shares.by_owner, shares.largest()) == ({}, None)
     assert turn("a").size == ROW + turn("a").content.size
+
+
+@given(
+    st.lists(st.tuples(WHO, st.integers(1, 50)), max_size=12), WHO, st.integers(1, 100),
+    st.integers(0, 200),
+)  # fmt: skip
+def test_what_fits_is_told_as_by_looking_at_all(
+    held: list[tuple[str, int]], owner: str, size: int, bound: int
+) -> None:
+    """The largest owner and what fits are those that a look at every owner would find."""
+    shares = Shares()
+    for name, each in held:
+        shares.add(name, each)
+    if held:
+        shares.remove(*held[0], "size")
+    by_owner = shares.by_owner
+    others = sum(min(share.size, size) for name, share in by_owner.items() if name != owner)
+    assert shares.fits(owner, size, bound) == (others + size <= bound)
+    assert (shares.largest() is None) == (not by_owner)
+    largest = shares.largest()
+    assert largest is None or by_owner[largest].size == max(s.size for s in by_owner.values())

@@ -147,6 +147,7 @@ class World:
         for _ in range(times):
             self.store.tend()
             await self.store.check()
+            await self.store.check()  # begins after the log was emptied
 
     def holds(self, *turns: tuple[str, str], removed: tuple[int, int, int] = (0, 0, 0)) -> None:
         """Check the shares: the owners and names of all turns, and removals as of REMOVALS."""

@@ -293,17 +293,6 @@ def members_of(document: bytes | Raw | None) -> dict[str, Raw] | None:
             return None
 
 
-_elements = msgspec.json.Decoder(list[Raw])
-
-
-def elements_of(document: bytes) -> list[Raw]:
-    """The elements of a JSON array, as written; the document is known to be valid."""
-    try:
-        return _elements.decode(document)
-    except (msgspec.DecodeError, RecursionError):
-        return [Raw(document[start:end]) for start, end in jsontext.elements(document)]
-
-
 def value_of(raw: Raw | None) -> Any:
     """A JSON value, decoded; None also for one that does not decode."""
     if raw is None:

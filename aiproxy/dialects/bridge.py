@@ -111,12 +111,14 @@ class BridgeStream(Stream):
 
     Attributes:
         events: whether events are made; else only the object.
+        raw: the frame that is read.
         only: the text of a frame that said nothing else, as `read` found it.
     """
 
     def __init__(self, asked: Asked) -> None:
         super().__init__(asked)
         self.events = True
+        self.raw = b""
         self.only: str | None = None
         self._alike = Alike()
         self._writer: Writer | None = None
@@ -142,7 +144,7 @@ class BridgeStream(Stream):
             name, data = sse.parse(raw)
             if data is None:
                 return sse.COMMENT if raw.startswith(b":") else b""
-            self.only = None
+            self.raw, self.only = raw, None
             self.read(name, data)
         except errors.ProxyError as error:
             self.error = error

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from msgspec import Raw
 
 from aiproxy import errors
-from aiproxy.dialects import elements_of, members_of, value_of
+from aiproxy.dialects import members_of, value_of
 from aiproxy.dialects.responses_parts import decode
+from aiproxy.jsontext import elements
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -260,7 +261,7 @@ def sort_tools(envelope: Envelope, api: str, *, drop: bool) -> tuple[list[str], 
     kept: list[bytes] = []
     dropped: list[str] = []
     custom: set[str] = set()
-    for position, each in enumerate(elements_of(raw)):
+    for position, each in enumerate(elements(raw)):
         tool = members_of(each)
         if tool is None:
             raise errors.invalid_type(f"tools[{position}]", "an object")
@@ -281,7 +282,7 @@ def sort_tools(envelope: Envelope, api: str, *, drop: bool) -> tuple[list[str], 
             named = value_of(tool.get("name")) or value_of(tool.get("server_label"))
             dropped.append(f"{kind}:{named}" if isinstance(named, str) else str(kind))
             continue
-        kept.append(bytes(each))
+        kept.append(each)
     if dropped:
         envelope.put_raw("tools", b"[%b]" % b",".join(kept))
     return dropped, frozenset(custom)

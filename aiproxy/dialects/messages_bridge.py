@@ -215,7 +215,7 @@ class MessagesBridgeStream(BridgeStream):
         elif block.kind == "tool_use":
             self._end_call(block, item)
         else:
-            if block.signature:
+            if block.signature and not item.done:  # else it came too late to be told
                 item.more["encrypted_content"] = block.signature
             writer.end(item)
 

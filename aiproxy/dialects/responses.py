@@ -243,7 +243,7 @@ class ResponsesStream(NativeStream):
         theirs = bytes(event["response"])
         ours = amended(theirs, response, self.asked)
         if ours is not theirs:
-            raw = sse.with_data(raw, data, with_response(data, theirs, ours))
+            raw = sse.with_data(raw, data, with_response(data, event, ours))
         if kind not in _TERMINAL:
             self._passed(raw)
             return raw

@@ -13,17 +13,12 @@ import msgspec
 from msgspec import Raw
 
 from aiproxy import jsontext
-from aiproxy.dialects import elements_of, members_of, value_of
+from aiproxy.dialects import members_of, value_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 ENCRYPTED = "reasoning.encrypted_content"
-
-# What an item has that says nothing: with nothing else it stands for what its id names.
-_NAMES = frozenset({"id", "type", "status", "role"})
-_EMPTY = (b"null", b"[]", b"{}", b'""')
-_SHORT = 64  # bytes, white space included
 
 
 def as_array(given: bytes | None) -> bytes:
@@ -35,74 +30,9 @@ def as_array(given: bytes | None) -> bytes:
     return b'[{"type":"message","role":"user","content":%b}]' % given
 
 
-class Reference(NamedTuple):
-    """An item that stands for another one, by its id."""
-
-    position: int
-    id: str | None  # None: it names none
-
-
-def references(given: bytes | None) -> list[Reference]:
-    """The references in an `input`: whatever any reader of it could take for one."""
-    if given is None or given[:1] != b"[":
-        return []
-    return [
-        Reference(position, _text(value_of((members_of(bytes(raw)) or {}).get("id"))))
-        for position, raw in enumerate(elements_of(given))
-        if is_reference(bytes(raw))
-    ]
-
-
-def is_reference(item: bytes) -> bool:
-    """Whether any reader of an item could take it for a reference."""
-    if b"item_reference" not in item and b"\\u" not in item:
-        members = members_of(item) or {"role": Raw()}
-        return "id" in members and not ("role" in members or value_of(members.get("type")))
-    kinds: list[object] = []
-    names = set()
-    for key, start, end in jsontext.members(item):
-        name = jsontext.key_text(key)
-        names.add(name)
-        if name == "type":  # which of two counts is its reader's choice
-            kinds.append(value_of(Raw(item[start:end])))
-    if "item_reference" in kinds:
-        return True
-    # `type` may be left out (API reference, "Item reference"); a message then has a role.
-    return not any(kinds) and "role" not in names and "id" in names
-
-
 def reference(item_id: str) -> bytes:
     """A reference that every reader takes for the same."""
     return msgspec.json.encode({"type": "item_reference", "id": item_id})
-
-
-def needs_lookup(given: bytes | None) -> list[str]:
-    """The ids in an `input`, besides references, that the upstream may look up.
-
-    An image that was generated, a search or reasoning may be sent back by its id alone; then who
-    knows the id of another client's item would get at it.
-    """
-    if given is None or given[:1] != b"[" or (b'"id"' not in given and b"\\u" not in given):
-        return []
-    found = []
-    for raw in elements_of(given):
-        item = members_of(bytes(raw)) or {}
-        item_id = _text(value_of(item.get("id")))
-        if item_id is not None and _is_bare(item) and not is_reference(bytes(raw)):
-            found.append(item_id)
-    return found
-
-
-def _is_bare(item: dict[str, Raw]) -> bool:
-    """Whether an item says nothing itself; a summary does not say what was thought."""
-    says = {name for name, value in item.items() if not _is_empty(bytes(value))}
-    if value_of(item.get("type")) == "reasoning":
-        return not says & {"encrypted_content", "content"}
-    return says <= _NAMES
-
-
-def _is_empty(value: bytes) -> bool:
-    return len(value) <= _SHORT and b"".join(value.split()) in _EMPTY
 
 
 class _Kind(msgspec.Struct):
@@ -142,10 +72,10 @@ def replayed(array: bytes, *, same_origin: bool, plain: bool = False) -> Replaye
     if not any(kind.type == "reasoning" for kind in kinds):
         return Replayed(array, 0)
     kept, foreign = [], 0
-    for raw, kind in zip(elements_of(array), kinds, strict=True):
+    for item, kind in zip(jsontext.elements(array), kinds, strict=True):
         stays = same_origin if kind.encrypted_content else plain
         if kind.type != "reasoning" or stays:
-            kept.append(bytes(raw).strip())
+            kept.append(item)
         elif kind.encrypted_content:
             foreign += 1
     if len(kept) == len(kinds):
@@ -157,7 +87,7 @@ def _kinds_of(array: bytes) -> Sequence[_Kind]:
     try:
         return _kinds.decode(array)
     except (msgspec.DecodeError, ValueError, RecursionError):  # a lone surrogate
-        items = (members_of(bytes(raw)) or {} for raw in elements_of(array))
+        items = (members_of(each) or {} for each in jsontext.elements(array))
         return [
             _Kind(value_of(item.get("type")), value_of(item.get("encrypted_content")))
             for item in items
@@ -182,9 +112,8 @@ def listed_id(response_id: str, position: int, kind: str) -> str:
 def listed(array: bytes, response_id: str) -> list[tuple[str, bytes]]:
     """The items of an input, as a client is shown them, with their ids."""
     found = []
-    for position, raw in enumerate(elements_of(array)):
-        item = bytes(raw).strip()
-        members = members_of(item) or {}
+    for position, each in enumerate(jsontext.elements(array)):
+        item, members = each, members_of(each) or {}
         kind = _text(value_of(members.get("type"))) or "message"
         item_id = _text(value_of(members.get("id")))
         add: dict[str, bytes] = {}

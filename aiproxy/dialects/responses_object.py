@@ -57,9 +57,10 @@ def amended(response: bytes, members: dict[str, Raw], asked: Asked) -> bytes:
     return jsontext.amend(response, known, own, add=asked.own)
 
 
-def with_response(data: bytes, theirs: bytes, ours: bytes) -> bytes:
-    """An event's data with another response object."""
-    if data.count(theirs) == 1:
+def with_response(data: bytes, event: dict[str, Raw], ours: bytes) -> bytes:
+    """An event's data with another response object; of two, as of one, in the place of each."""
+    theirs = bytes(event["response"])
+    if data.count(theirs) == 1 and jsontext.distinct(data, event):
         return data.replace(theirs, ours)
     return jsontext.replace(data, (), {"response": ours})
 

@@ -74,7 +74,8 @@ class RepairedStream(BridgeStream):
             return
         event = self.document(data)
         if event is None:
-            raise errors.upstream_error("The upstream sent an event that is not JSON.")
+            self._not_json(name, data)
+            return
         kind = event.get("type")
         if not isinstance(kind, str):
             kind = name.decode("ascii", "replace")
@@ -92,6 +93,16 @@ class RepairedStream(BridgeStream):
             self._failure(event)
         else:
             self._other(kind, event)
+
+    def _not_json(self, name: bytes, data: bytes) -> None:
+        """It passes as it is, unless something hangs on it."""
+        if not data.strip():
+            return
+        kind = name.decode("ascii", "replace")
+        if kind in (*_LIFECYCLE, *_TERMINAL, "response.output_item.done", "error", ""):
+            raise errors.upstream_error("The upstream sent an event that is not JSON.")
+        self.writer.created()
+        self.writer.passed(self.raw)
 
     def _other(self, kind: str, event: dict[str, Any]) -> None:
         of, _, verb = kind.rpartition(".")

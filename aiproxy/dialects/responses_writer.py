@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Raw
 
-from aiproxy import errors
+from aiproxy import errors, sse
 from aiproxy.dialects import value_of
 from aiproxy.dialects.responses_object import Produced, skeleton
 from aiproxy.dialects.responses_parts import CALLS, PREFIXES, Item, Sink, encode
@@ -64,7 +64,9 @@ class Writer:
             return
         data = encode({"type": kind, "sequence_number": self._sequence, **fields})
         self._sequence += 1
-        self._out.append(b"event: %b\ndata: %b\n\n" % (kind.encode("ascii", "replace"), data))
+        # An upstream may have named it: what is no name is told by the data alone.
+        name = kind if kind.isascii() and kind.isprintable() else ""
+        self._out.append(sse.event(data, name))
 
     def passed(self, raw: bytes) -> None:
         """A frame of the upstream's own, as it is."""

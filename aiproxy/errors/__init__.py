@@ -339,6 +339,18 @@ def store_unavailable() -> ProxyError:
     )
 
 
+def not_erased() -> ProxyError:
+    """A turn that was deleted, whose content is on the disk yet."""
+    return ProxyError(
+        503,
+        SERVER,
+        "store_unavailable",
+        "The response is deleted, but its content is not off the disk yet; try again later.",
+        headers=(("Retry-After", "1"),),
+        outcome="store_error",
+    )
+
+
 def no_room(what: str) -> ProxyError:
     """A turn that does not fit into the store, however often it is tried."""
     return ProxyError(

@@ -22,6 +22,7 @@ from aiproxy.sessions.turn import (
     Loaded,
     LoadResult,
     NoRoomError,
+    NotErasedError,
     StoreError,
     Turn,
     new_response_id,
@@ -43,6 +44,7 @@ __all__ = [
     "LoadResult",
     "Loaded",
     "NoRoomError",
+    "NotErasedError",
     "Pins",
     "Removal",
     "SessionStore",
@@ -113,7 +115,12 @@ class SessionStore(Protocol):
         """
 
     async def delete(self, head: Head) -> bool:
-        """Remove a turn and its content, also from the disk. False: it was gone already."""
+        """Remove a turn and its content, also from the disk. False: it was gone already.
+
+        Raises:
+            NotErasedError: nobody finds it any more, but content is left on the disk. Until it is
+                not, and somebody was told so, `load` still finds the turn, without content.
+        """
 
     async def check(self) -> None:
         """Return when a turn could be kept now."""

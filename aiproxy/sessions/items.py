@@ -9,13 +9,17 @@ import msgspec
 from msgspec import Raw
 
 from aiproxy import jsontext
+from aiproxy.jsontext import elements
 from aiproxy.prompt_size import measure
 from aiproxy.sessions.turn import Item
 from aiproxy.usage import BYTES_PER_TOKEN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
 
+    from aiproxy.sessions.turn import Found
+
+__all__ = ["LONGEST_ID", "array", "elements", "identified", "ids_of", "item_id", "joined"]
 
 _EMPTY = re.compile(rb"\[\s*\]")
 LONGEST_ID = 256  # characters: an item with a longer one cannot be referred to
@@ -25,16 +29,16 @@ class _Identified(msgspec.Struct):
     id: str | None = None
 
 
-_raw = msgspec.json.Decoder(list[Raw])
 _identified = msgspec.json.Decoder(list[_Identified])
 
+_NONE = Raw(b"null")
 
-def elements(array: bytes) -> list[bytes]:
-    """The elements of a JSON array, as written."""
-    try:
-        return [bytes(raw).strip() for raw in _raw.decode(array)]
-    except (msgspec.DecodeError, RecursionError):  # a lone surrogate
-        return [array[start:end] for start, end in jsontext.elements(array)]
+
+class _Id(msgspec.Struct):
+    id: Raw = _NONE
+
+
+_id = msgspec.json.Decoder(_Id)
 
 
 def joined(arrays: Iterable[bytes]) -> bytes:
@@ -47,6 +51,12 @@ def joined(arrays: Iterable[bytes]) -> bytes:
 def array(items: Iterable[bytes]) -> bytes:
     """An array of these items."""
     return b"".join((b"[", b",".join(items), b"]"))
+
+
+def picked(arrays: Mapping[tuple[int, bool], bytes], found: Sequence[Found]) -> list[bytes]:
+    """These items, of arrays by turn and whether it is the output; each of them is cut once."""
+    cut = {place: elements(array) for place, array in arrays.items()}
+    return [cut[each.turn, each.output][each.position] for each in found]
 
 
 def identified(given: bytes, made: bytes) -> tuple[Item, ...]:
@@ -84,10 +94,29 @@ def _ids(array: bytes, whole: list[bytes]) -> list[str | None]:
 
 
 def item_id(item: bytes) -> str | None:
-    """The id of one item, if it has one."""
-    for key, start, end in reversed(jsontext.members(item)):  # of two the last one counts
+    """The id of one item, if it has one; of two the last one counts."""
+    try:
+        raw = _id.decode(item).id
+    except msgspec.ValidationError:
+        return None
+    except (msgspec.DecodeError, ValueError, RecursionError):  # a lone surrogate
+        raw = _masked_id(item)
+    if bytes(raw)[:1] != b'"':
+        return None
+    try:
+        return msgspec.json.decode(raw, type=str)
+    except (msgspec.DecodeError, ValueError):  # it is in the id
+        return None
+
+
+def _masked_id(item: bytes) -> Raw:
+    try:
+        raw = _id.decode(jsontext.masked(item)).id
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return _NONE
+    if b"\\u8" not in bytes(raw):
+        return raw
+    for key, start, end in reversed(jsontext.members(item)):  # it may have been masked itself
         if jsontext.key_text(key) == "id":
-            value = item[start:end]
-            text = jsontext.key_text(value) if value[:1] == b'"' else ""
-            return None if any("\ud800" <= c <= "\udfff" for c in text) else text
-    return None
+            return Raw(item[start:end])
+    return _NONE

@@ -7,6 +7,7 @@ shares of more than the bound is more than an n-th of it.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -46,51 +47,63 @@ class Share:
 
 @dataclass(slots=True)
 class Shares:
-    """What all owners hold, and what was removed."""
+    """What all owners hold, and what was removed. No question looks at all owners."""
 
     by_owner: dict[str, Share] = field(default_factory=dict)
     removed: dict[Removal, int] = field(default_factory=lambda: dict.fromkeys(REMOVALS, 0))
     size: int = 0
     turns: int = 0
+    _order: list[tuple[int, str]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Order the owners: the largest is the last."""
+        self._order = sorted((share.size, owner) for owner, share in self.by_owner.items())
 
     def add(self, owner: str, size: int, turns: int = 1) -> None:
         """Count turns that were put."""
         share = self.by_owner.get(owner)
         if share is None:
             share = self.by_owner[owner] = Share()
+        else:
+            self._take_out(owner, share)
         share.size += size
         share.turns += turns
         self.size += size
         self.turns += turns
+        if share.turns:
+            insort(self._order, (share.size, owner))
+        else:
+            del self.by_owner[owner]
 
     def remove(self, owner: str, size: int, reason: Removal | None, turns: int = 1) -> None:
         """Count turns that were removed; without a reason they were put once more."""
         self.add(owner, -size, -turns)
-        if self.by_owner[owner].turns == 0:
-            del self.by_owner[owner]
         if reason is not None:
             self.removed[reason] += turns
 
+    def restore(self, owner: str, size: int, reason: Removal | None, turns: int = 1) -> None:
+        """Take back what `remove` was told."""
+        self.add(owner, size, turns)
+        if reason is not None:
+            self.removed[reason] -= turns
+
+    def _take_out(self, owner: str, share: Share) -> None:
+        del self._order[bisect_left(self._order, (share.size, owner))]
+
     def largest(self) -> str | None:
         """The owner that holds the most."""
-        by_owner = self.by_owner
-        return max(by_owner, key=lambda owner: by_owner[owner].size, default=None)
+        return self._order[-1][1] if self._order else None
 
     def fits(self, owner: str, size: int, bound: int) -> bool:
         """Whether a conversation that grows to `size` bytes can stay when others have given way.
 
         Every other one of its owner can go, and of the other owners what they hold above it.
         """
-        others = sum(
-            min(share.size, size) for name, share in self.by_owner.items() if name != owner
-        )
-        return others + size <= bound
-
-    def copy(self) -> Shares:
-        """A copy that changes on its own."""
-        return Shares(
-            {name: Share(share.size, share.turns) for name, share in self.by_owner.items()},
-            dict(self.removed),
-            self.size,
-            self.turns,
-        )
+        share = self.by_owner.get(owner)
+        over = self.size - (0 if share is None else share.size) + size - bound
+        for held, name in reversed(self._order):
+            if over <= 0 or held <= size:
+                break
+            if name != owner:
+                over -= held - size
+        return over <= 0

@@ -27,6 +27,10 @@ class NoRoomError(StoreError):
     """A turn does not fit, even if all that may be evicted for it were."""
 
 
+class NotErasedError(StoreError):
+    """A turn is deleted, but what was written of it is still on the disk; all else works."""
+
+
 class Item(NamedTuple):
     """An item of a turn that has an id."""
 
@@ -79,7 +83,7 @@ class Head:
         size: bytes of the items of these.
         tokens: that it used in all, its whole input and its output; None: not known.
         created: seconds since the epoch.
-        model: as the client wrote it.
+        model: as the client wrote it; empty: as the upstream calls it, which holds the turn.
         upstream: that made it.
         held: its content is here; else at the upstream that made it.
         whole: all turns before it are there.

@@ -8,8 +8,9 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from aiproxy.aside import aside
 from aiproxy.sessions import Delta, Found, Head, Loaded, NoRoomError, Pins, Shares
-from aiproxy.sessions.items import elements
+from aiproxy.sessions.items import picked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -129,15 +130,15 @@ class MemorySessions:
 
     async def items(self, owner: str, found: Sequence[Found]) -> list[bytes] | None:
         """See `SessionStore`."""
-        items = []
+        arrays: dict[tuple[int, bool], bytes] = {}
         for each in found:
             record = self._record(owner, each.root, each.turn)
             if record is None:
                 return None
             self._renew(record.conversation)
-            array = record.content.output if each.output else record.content.input
-            items.append(elements(array)[each.position])
-        return items
+            content = record.content
+            arrays[each.turn, each.output] = content.output if each.output else content.input
+        return await aside(lambda: picked(arrays, found), sum(map(len, arrays.values())))
 
     async def put(self, turn: Turn) -> None:
         """See `SessionStore`."""

@@ -8,29 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import OrderedDict
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from aiproxy.sessions import Pins, Shares, StoreError
-from aiproxy.sessions.items import elements
+from aiproxy.sessions import Loaded, Pins, Shares
 from aiproxy.stores.sqlite_book import Book, Bounds
 from aiproxy.stores.sqlite_file import SessionFile
 from aiproxy.stores.sqlite_reader import Reader
+from aiproxy.stores.sqlite_readers import Readers
 from aiproxy.stores.sqlite_writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from aiproxy.sessions import Content, Delta, Found, Head, Loaded, Turn
+    from aiproxy.sessions import Content, Delta, Found, Head, Turn
 
 T = TypeVar("T")
 
 PATIENCE = 3.0  # seconds for the file: as long may others lock it
 READERS = 2  # threads
+UNTOLD = 10_000  # deletions that are remembered until somebody is told
 CLOSING = 10.0  # seconds at most for what waits to be written at the end
 
 
@@ -60,9 +62,9 @@ class SqliteSessions:
         self._connection: sqlite3.Connection
         self._book: Book | None = None
         self._writer: Writer
-        self._pool = ThreadPoolExecutor(READERS, "sessions-read")
-        self._reader = threading.local()
-        self._readers: list[sqlite3.Connection] = []
+        self._readers: Readers
+        # Deleted, and nobody was told that it is done: who asks again is. By owner and id.
+        self._untold: OrderedDict[tuple[str, str], Head] = OrderedDict()
         self._tending: asyncio.Future[object] | None = None
         self._tell_outcome: Callable[[str, BaseException | None], None] | None = None
 
@@ -85,7 +87,10 @@ class SqliteSessions:
         except sqlite3.Error as error:
             connection.close()
             raise self._file.refused(error) from None
-        self._book, self._writer = book, Writer(book)
+        with suppress(sqlite3.Error):  # `tend` tries again, and tells
+            book.truncate()  # a crash may have come between a deletion and this
+        self._readers = Readers(self._reader, READERS)
+        self._book, self._writer = book, Writer(book, self._readers)
 
     def configure(self, *, ttl: float, max_bytes: int) -> None:
         """See `SessionStore`."""
@@ -99,37 +104,35 @@ class SqliteSessions:
 
     async def load(self, owner: str, response_id: str) -> Loaded:
         """See `SessionStore`."""
-        return await self._read(Reader.load, owner, response_id, self._bounds.ttl)
+        ttl = self._bounds.ttl
+        loaded = await self._read(lambda reader: reader.load(owner, response_id, ttl))
+        untold = self._untold.get((owner, response_id))
+        if untold is not None and loaded.head is None:  # there to be deleted, and for nothing else
+            return Loaded("hit", replace(untold, whole=False))
+        return loaded
 
     async def find(self, owner: str, item_ids: Sequence[str]) -> dict[str, Found]:
         """See `SessionStore`."""
-        return await self._read(Reader.find, owner, item_ids, self._bounds.ttl)
+        ttl = self._bounds.ttl
+        return await self._read(lambda reader: reader.find(owner, item_ids, ttl))
 
     async def path(self, head: Head) -> list[Delta] | None:
         """See `SessionStore`."""
-        path = await self._read(Reader.path, head)
+        path = await self._read(lambda reader: reader.path(head))
         if path is not None:
             self._renew([head.root])
         return path
 
     async def content(self, head: Head) -> Content | None:
         """See `SessionStore`."""
-        return await self._read(Reader.content, head)
+        return await self._read(lambda reader: reader.content(head))
 
     async def items(self, owner: str, found: Sequence[Found]) -> list[bytes] | None:
         """See `SessionStore`."""
         del owner  # a row's key is found by its owner alone
-        arrays = await self._read(Reader.arrays, {each.turn for each in found})
-        if any(each.turn not in arrays for each in found):
-            return None
-        self._renew(list({each.root for each in found}))
-        cut: dict[tuple[int, bool], list[bytes]] = {}
-        items = []
-        for each in found:
-            place = each.turn, each.output
-            if place not in cut:
-                cut[place] = elements(arrays[each.turn][each.output])
-            items.append(cut[place][each.position])
+        items = await self._read(lambda reader: reader.items(found))
+        if items is not None:
+            self._renew(list({each.root for each in found}))
         return items
 
     async def put(self, turn: Turn) -> None:
@@ -138,7 +141,22 @@ class SqliteSessions:
 
     async def delete(self, head: Head) -> bool:
         """See `SessionStore`."""
-        return await self._writer.do(lambda book: book.delete(head), self._patience)
+        if not head.held:  # there is no content
+            return await self._writer.do(lambda book: book.delete(head), self._patience)
+        place, untold = (head.owner, head.id), self._untold
+        before = untold.get(place)
+        repeated = before is not None and before.key == head.key
+        try:
+            deleted = await self._writer.erase(
+                lambda book: book.delete(head) or repeated, self._patience
+            )
+        except BaseException:  # it may be deleted
+            untold[place] = head
+            if len(untold) > UNTOLD:
+                untold.popitem(last=False)
+            raise
+        untold.pop(place, None)
+        return deleted
 
     async def check(self) -> None:
         """See `SessionStore`."""
@@ -164,29 +182,11 @@ class SqliteSessions:
         if not future.cancelled() and self._tell_outcome is not None:
             self._tell_outcome(operation, future.exception())
 
-    async def _read(self, work: Callable[..., T], *args: object) -> T:
-        """Read in a thread.
+    async def _read(self, work: Callable[[Reader], T]) -> T:
+        return await self._readers.do(work, self._patience)
 
-        Raises:
-            StoreError: it cannot be read, or not in time.
-        """
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(self._patience):
-                return await loop.run_in_executor(self._pool, self._with_reader, work, args)
-        except TimeoutError:
-            raise StoreError(f"it did not answer within {self._patience:g} s") from None
-
-    def _with_reader(self, work: Callable[..., T], args: tuple[object, ...]) -> T:
-        try:
-            reader = getattr(self._reader, "reader", None)
-            if reader is None:
-                connection = self._file.connect()
-                self._readers.append(connection)
-                reader = self._reader.reader = Reader(connection, self.pins, self._read_clock)
-            return work(reader, *args)
-        except sqlite3.Error as error:
-            raise StoreError(str(error)) from None
+    def _reader(self) -> Reader:
+        return Reader(self._file.connect(), self.pins, self._read_clock)
 
     async def close(self) -> None:
         """See `SessionStore`."""
@@ -197,9 +197,6 @@ class SqliteSessions:
             return
         self._book = None
         # A disk that hangs must not keep the process: what was promised is durable already.
-        if self._writer.close(CLOSING):
-            self._pool.shutdown()
-            for connection in self._readers:
-                connection.close()
+        if self._writer.close(CLOSING) and self._readers.close(CLOSING):
             self._connection.close()  # the last one: writes the log into the file, and removes it
             self._file.release()

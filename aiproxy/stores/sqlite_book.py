@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from aiproxy.sessions import Head, NoRoomError, Pins, Shares
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
     from aiproxy.sessions import Removal, Turn
 
-READING = 100  # milliseconds that readers of the file are waited for
 STEP = 64  # turns that are removed in one transaction
 FIRST = -1.0  # `used` of a conversation that is being removed: before all others
 _GONE: tuple[Removal, ...] = ("deleted", "ttl", "size")  # by the value of `gone`; 0: it is not
@@ -26,6 +26,7 @@ _USE = """
 INSERT INTO conversations VALUES (?, ?, ?, ?, 1, 0) ON CONFLICT (id) DO UPDATE SET
     used = max(used, excluded.used), size = size + excluded.size, turns = turns + 1
 """
+_OLDEST = "SELECT id, owner, used, gone FROM conversations ORDER BY used"
 _INSERT_ITEM = "INSERT OR IGNORE INTO items VALUES (?, ?, ?, ?, ?, ?, ?)"
 
 
@@ -43,7 +44,8 @@ class Book:
         shares: what the file holds; others may read it.
         bounds: may be replaced at any time.
         more: the last `tend` left something to do.
-        deleted: content was deleted whose traces are still in the write-ahead log.
+        stale: something was removed whose traces may still be in the write-ahead log.
+        deleted: the log is to be emptied for that now.
     """
 
     def __init__(
@@ -65,9 +67,9 @@ class Book:
         self.shares = Shares()
         self.more = False
         self.deleted = False
-        self._before: Shares | None = None
+        self._undo: list[Callable[[], object]] = []  # what the transaction has changed here
         self._last_key = 0
-        self._stale = False  # something was removed whose traces are still in the log
+        self.stale = True  # as a crash may have left it
         self._load()
 
     def _load(self) -> None:
@@ -86,31 +88,33 @@ class Book:
     def begin(self) -> None:
         """Begin a transaction; waits for others that have the file locked."""
         self._execute("BEGIN IMMEDIATE")
-        self._before = self.shares.copy()
 
     def commit(self) -> None:
         """Make durable what was done."""
         self._execute("COMMIT")
-        self._before = None
+        self._undo.clear()
 
     def rollback(self) -> None:
         """Undo what was done."""
+        while self._undo:
+            self._undo.pop()()
         if self._connection.in_transaction:
             self._execute("ROLLBACK")
-        if self._before is not None:
-            self.shares, self._before = self._before, None
+
+    def checkpoint(self) -> None:
+        """Write of the log into the file what can be, beside those who read."""
+        self._execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
     def truncate(self) -> None:
-        """Take what was deleted out of the write-ahead log, too.
+        """Empty the write-ahead log, so that what was removed is not there either.
 
-        Whoever reads the file, for a backup say, is not waited for long: it is tried again by
-        `tend`.
+        Nobody is waited for: `stale` says whether somebody who reads, for a backup say, was in the
+        way.
         """
-        self.deleted, self._stale = False, True
-        self._execute(f"PRAGMA busy_timeout = {READING}")
+        self._execute("PRAGMA busy_timeout = 0")
         try:
             busy, _, _ = self._execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            self._stale = bool(busy)
+            self.stale = bool(busy)
         finally:
             self._execute(f"PRAGMA busy_timeout = {int(self._patience * 1000)}")
 
@@ -140,6 +144,7 @@ class Book:
                 owner, item.id, key, item.output, item.position, item.size, item.weight,
             ))  # fmt: skip
         self.shares.add(owner, turn.size)
+        self._undo.append(partial(self.shares.remove, owner, turn.size, None))
         if self.shares.size > self.bounds.max_bytes:
             self.more = True
 
@@ -189,7 +194,6 @@ class Book:
         root, size = row
         self._break(root, head.key)
         self._remove(head.owner, root, [(head.key, size)], "deleted")
-        self.deleted = True
         return True
 
     def _break(self, root: int, key: int) -> None:
@@ -217,11 +221,14 @@ class Book:
             (size, len(turns), root),
         )
         if root in self._pins and reason not in ("ttl", "size"):
-            self._emptied.add(root)  # or will be
+            if root not in self._emptied:
+                self._emptied.add(root)  # or will be
+                self._undo.append(partial(self._emptied.discard, root))
         else:
             self._execute("DELETE FROM conversations WHERE id = ? AND turns <= 0", (root,))
         self.shares.remove(owner, size, reason, len(turns))
-        self._stale = True
+        self._undo.append(partial(self.shares.restore, owner, size, reason, len(turns)))
+        self.stale = True
 
     def check(self) -> None:
         """Write something, to see that it can be done."""
@@ -238,27 +245,26 @@ class Book:
         for root in [root for root in self._emptied if root not in self._pins]:
             self._execute("DELETE FROM conversations WHERE id = ? AND turns <= 0", (root,))
             self._emptied.discard(root)
+            self._undo.append(partial(self._emptied.add, root))
         while most > 0:
             found = self._due()
             if found is None:
                 # What was removed is out of the way: its traces can go, too.
-                self.deleted = self.deleted or self._stale
+                self.deleted = self.deleted or self.stale
                 return
             most -= self._shrink(*found, most)
         self.more = True
 
     def _due(self) -> tuple[int, str, Removal] | None:
         """The conversation to remove next: its root, its owner, and why."""
-        shares, bounds = self.shares, self.bounds
-        for owner in shares.by_owner:
-            row = self._oldest(owner)
-            if row is None:
-                continue
-            root, used, gone = row
+        shares, bounds, now = self.shares, self.bounds, self._read()
+        rows: Iterable[tuple[int, str, float, int]] = self._execute(_OLDEST)
+        for root, owner, used, gone in rows:
             if gone:
                 return root, owner, _GONE[gone]
-            expired = bounds.ttl and used + bounds.ttl <= self._read()
-            if expired and root not in self._pins:
+            if not bounds.ttl or used + bounds.ttl > now:
+                break
+            if root not in self._pins:
                 return root, owner, "ttl"
         if shares.size > bounds.max_bytes:
             owner = shares.largest() or ""
@@ -282,18 +288,6 @@ class Book:
             first = root if first is None else first
             if root not in self._pins:
                 found = root
-        return first
-
-    def _oldest(self, owner: str) -> tuple[int, float, int] | None:
-        """The least recently used conversation; those in use come after all others."""
-        first = None
-        rows: Iterable[tuple[int, float, int]] = self._execute(
-            "SELECT id, used, gone FROM conversations WHERE owner = ? ORDER BY used", (owner,)
-        )
-        for row in rows:
-            first = first or row
-            if row[2] or row[0] not in self._pins:
-                return row
         return first
 
     def _shrink(self, root: int, owner: str, reason: Removal, most: int) -> int:

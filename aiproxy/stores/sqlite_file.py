@@ -19,6 +19,7 @@ APPLICATION_ID = 0x61697078  # "aipx": file(1) and others tell a file by it
 VERSION = 1
 CHECK = 5.0  # seconds at most for the check of a file's structure at the start
 MOST_LOG = 64 * 1024 * 1024  # bytes of the write-ahead log that stay when it is not needed
+_ADDED = "CREATE INDEX IF NOT EXISTS conversations_by_age ON conversations (used)"
 _INSTRUCTIONS = 100_000  # of SQLite's machine, between looks at the clock
 
 # What is read of a turn before its content comes first: it stays on the row's own page, while
@@ -162,6 +163,7 @@ class SessionFile:
                 f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA application_id = {APPLICATION_ID};"
                 f" PRAGMA user_version = {VERSION}; COMMIT;"
             )
+        connection.execute(_ADDED)  # to a file that an earlier build made, too
         connection.execute("BEGIN IMMEDIATE")  # that it can be written is found out now
         connection.execute("ROLLBACK")
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from aiproxy.sessions import Content, Delta, Found, Head, Loaded
+from aiproxy.sessions.items import picked
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from aiproxy.sessions import Pins
 
@@ -31,6 +32,10 @@ WITH RECURSIVE path (id) AS (
 )
 SELECT t.depth, t.upstream, t.input, t.output, t.reasons FROM path JOIN turns t ON t.id = path.id
 """
+_ARRAY = {
+    False: "SELECT input FROM turns WHERE id = ?",
+    True: "SELECT output FROM turns WHERE id = ?",
+}
 
 
 class Reader:
@@ -40,6 +45,7 @@ class Reader:
         self, connection: sqlite3.Connection, pins: Pins, read: Callable[[], float]
     ) -> None:
         self._execute = connection.execute
+        self.close = connection.close
         self._pins = pins
         self._read = read
         connection.execute("PRAGMA query_only = ON")
@@ -91,11 +97,12 @@ class Reader:
         ).fetchone()
         return None if row is None else Content(*row)
 
-    def arrays(self, turns: Iterable[int]) -> dict[int, tuple[bytes, bytes]]:
-        """Input and output of some turns; those that are gone are missing."""
-        found = {}
-        for turn in turns:
-            row = self._execute("SELECT input, output FROM turns WHERE id = ?", (turn,)).fetchone()
-            if row is not None:
-                found[turn] = row
-        return found
+    def items(self, found: Sequence[Found]) -> list[bytes] | None:
+        """See `SessionStore`."""
+        arrays: dict[tuple[int, bool], bytes] = {}
+        for turn, output in dict.fromkeys((each.turn, each.output) for each in found):
+            row = self._execute(_ARRAY[output], (turn,)).fetchone()
+            if row is None:
+                return None
+            (arrays[turn, output],) = row
+        return picked(arrays, found)

@@ -1,58 +1,45 @@
 """One thread that writes, in one transaction what waits by then: group commit.
 
 A commit waits for the disk, so it is shared: while one is under way, what comes is gathered for the
-next. An answer is given when its transaction is durable, never before.
+next. An answer is given when its transaction is durable, never before; that to a deletion when the
+content is out of the write-ahead log, too.
 """
 
 from __future__ import annotations
 
-import asyncio
 import queue
 import sqlite3
 import threading
-from typing import TYPE_CHECKING, Generic, TypeVar
+import time
+from typing import TYPE_CHECKING, TypeVar
 
-from aiproxy.sessions import NoRoomError, StoreError
+from aiproxy.sessions import NoRoomError, NotErasedError, StoreError
 from aiproxy.stores.sqlite_book import STEP
+from aiproxy.stores.sqlite_job import Job, settle
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
     from aiproxy.stores.sqlite_book import Book
+    from aiproxy.stores.sqlite_readers import Readers
 
 T = TypeVar("T")
 
 MOST = 256  # jobs of one transaction
-
-
-class _Job(Generic[T]):
-    """Something to do, and who waits for it."""
-
-    __slots__ = ("error", "future", "loop", "result", "work")
-
-    def __init__(self, work: Callable[[Book], T]) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[T] = self.loop.create_future()
-        self.work: Callable[[Book], T] | None = work  # None: nobody waits for it any more
-        self.result: T
-        self.error: Exception | None = None
-
-    def settle(self) -> None:
-        """Tell it to who waits; in the event loop."""
-        if self.future.done():
-            return
-        if self.error is not None:
-            self.future.set_exception(self.error)
-        else:
-            self.future.set_result(self.result)
+HOLD = 0.25  # seconds at most that our own reads are waited for, while others are held
+RETRY = 0.05  # seconds until the log is tried again, while others read it
+GRACE = 0.5  # seconds in which the last try ends, to say what is in a deletion's way
 
 
 class Writer:
     """The thread, from its making on."""
 
-    def __init__(self, book: Book) -> None:
+    def __init__(self, book: Book, readers: Readers) -> None:
         self._book = book
-        self._jobs: queue.SimpleQueue[_Job[object] | None] = queue.SimpleQueue()
+        self._readers = readers
+        self._jobs: queue.SimpleQueue[Job[Book, object] | None] = queue.SimpleQueue()
+        self._erasing: list[Job[Book, object]] = []  # deletions whose content is in the log yet
         self._thread = threading.Thread(target=self._run, name="sessions", daemon=True)
         self._thread.start()
 
@@ -63,21 +50,27 @@ class Writer:
             StoreError: it failed, and nothing of it was done; or it was not done after `patience`
                 seconds, and may be yet.
         """
-        job = _Job(work)
-        self._jobs.put(job)  # type: ignore[arg-type] # what it returns is for `settle` alone
-        try:
-            async with asyncio.timeout(patience):
-                return await job.future
-        except TimeoutError:
-            raise StoreError(f"it did not answer within {patience:g} s") from None
-        finally:
-            job.work = None
+        return await self._put(Job(work)).outcome(patience)
+
+    async def erase(self, work: Callable[[Book], bool], patience: float) -> bool:
+        """Do what deletes content, and return once that is nowhere in the file or its log.
+
+        What else there is to do does not wait for it.
+
+        Raises:
+            NotErasedError: it is deleted, and still in the log after `patience` seconds.
+            StoreError: as of `do`.
+        """
+        job = self._put(Job(work, time.monotonic() + patience))
+        return await job.outcome(patience + GRACE)
 
     def tell(self, work: Callable[[Book], object]) -> asyncio.Future[object]:
         """Have it done some time; whoever wants to know looks at the future."""
-        job = _Job(work)
-        self._jobs.put(job)
-        return job.future
+        return self._put(Job(work)).future
+
+    def _put(self, job: Job[Book, T]) -> Job[Book, T]:
+        self._jobs.put(job)  # type: ignore[arg-type] # what it returns is for `settle` alone
+        return job
 
     def close(self, patience: float) -> bool:
         """Do what waits, and end; blocks for at most `patience` seconds. Whether it has ended."""
@@ -88,22 +81,29 @@ class Writer:
     # -- in the thread
 
     def _run(self) -> None:
-        ends = False
+        book, ends = self._book, False
         while not ends:
-            jobs: list[_Job[object]] = []
-            while not ends and len(jobs) < MOST:
-                try:
-                    job = self._jobs.get(block=not jobs and not self._book.more)
-                except queue.Empty:
-                    break
-                if job is None:
-                    ends = True
-                else:
-                    jobs.append(job)
-            if jobs or not ends:
+            jobs, ends = self._gather()
+            if jobs or book.more:
                 self._write(jobs)
+            if book.deleted or self._erasing:
+                self._erase(ends=ends)
 
-    def _write(self, jobs: list[_Job[object]]) -> None:
+    def _gather(self) -> tuple[list[Job[Book, object]], bool]:
+        """What waits; whether it is the last."""
+        jobs: list[Job[Book, object]] = []
+        while len(jobs) < MOST:
+            try:
+                waits = not jobs and not self._book.more
+                job = self._jobs.get(block=waits, timeout=RETRY if self._erasing else None)
+            except queue.Empty:
+                break
+            if job is None:
+                return jobs, True
+            jobs.append(job)
+        return jobs, False
+
+    def _write(self, jobs: list[Job[Book, object]]) -> None:
         book = self._book
         try:
             book.begin()
@@ -127,16 +127,11 @@ class Writer:
                 return
             for job in jobs:
                 job.error = error if fault else StoreError(str(error))
-        if book.deleted:
-            self._truncate()
-        self._settle(jobs)
-
-    def _truncate(self) -> None:
-        """Empty the log before a deletion is answered; what is committed stands in any case."""
-        try:
-            self._book.truncate()
-        except sqlite3.Error:
-            pass  # `tend` tries again
+        done: list[Job[Book, object]] = []
+        for job in jobs:
+            erases = job.until and job.error is None and job.work is not None and job.result
+            (self._erasing if erases else done).append(job)
+        settle(done)
 
     def _roll_back(self) -> None:
         self._book.more = False  # what is due is looked at again later
@@ -145,16 +140,22 @@ class Writer:
         except sqlite3.Error:  # the next one will fail, too, and say why
             pass
 
-    @staticmethod
-    def _settle(jobs: list[_Job[object]]) -> None:
-        if not jobs:
-            return
-
-        def settle() -> None:
-            for job in jobs:
-                job.settle()
-
+    def _erase(self, *, ends: bool) -> None:
+        """Try to empty the log, and answer the deletions that it was for, or whose time is up."""
+        book, reason = self._book, "others read the file"
+        book.deleted = False
         try:
-            jobs[0].loop.call_soon_threadsafe(settle)
-        except RuntimeError:  # the loop is closed: nobody waits
-            pass
+            book.checkpoint()  # most of the work, while we read
+            with self._readers.held(HOLD) as alone:
+                if alone:
+                    book.truncate()
+        except sqlite3.Error as error:
+            reason = str(error)
+        now, waiting, self._erasing = time.monotonic(), self._erasing, []
+        for job in waiting:
+            if book.stale and job.until > now and not ends:
+                self._erasing.append(job)
+                continue
+            if book.stale:
+                job.error = NotErasedError(f"deleted content is in the log yet: {reason}")
+            settle([job])

@@ -1,0 +1,95 @@
+"""Stores of conversations with many items, turns, bytes and owners: what a step of them costs."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from aiproxy.aside import LARGE
+from aiproxy.sessions import Content, Shares, items
+from turns import ALICE, KINDS, PLENTY, TTL, Clock, World, array, message, opened, turn, world
+
+
+@pytest.fixture(params=KINDS)
+async def here(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
+    """Open an empty store of each kind."""
+    async with world(request.param, tmp_path) as opened:
+        yield opened
+
+
+# Items that are referred to
+
+
+@pytest.mark.parametrize("large", [False, True])
+async def test_h2_an_array_is_cut_once(
+    here: World, monkeypatch: pytest.MonkeyPatch, *, large: bool
+) -> None:
+    """However many items of a turn are referred to; and not in the event loop if it is large."""
+    padding = "x" * (LARGE // 100 if large else 1)
+    made = [message(padding, f"i{n}") for n in range(200)]
+    given = [message(padding, f"j{n}") for n in range(3)]
+    await here.put("a", content=Content(array(*given), array(*made), b"", b""))
+    await here.put("b", ids=["k"])
+    cut: list[threading.Thread] = []
+    elements = items.elements
+
+    def counted(text: bytes) -> list[bytes]:
+        cut.append(threading.current_thread())
+        return elements(text)
+
+    for module in ("aiproxy.sessions.items", "aiproxy.stores.memory_sessions"):
+        monkeypatch.setattr(f"{module}.elements", counted, raising=False)
+    names = [*(f"i{n}" for n in range(200)), "j1", "k"]
+    found = await here.store.find(ALICE, names)
+    got = await here.store.items(ALICE, [found[name] for name in names])
+    assert got == [*made, given[1], message("b of alice says k", "k")]
+    assert len(cut) == 3
+    if large:
+        assert threading.current_thread() not in cut
+
+
+# Many owners
+
+
+async def test_m3_a_write_looks_at_no_other_owner(tmp_path: Path) -> None:
+    """The statements of a put, and of what is due, are as many with 2,000 owners as with one."""
+    counts = []
+    for owners in (1, 2000):
+        clock = Clock()
+        async with opened(tmp_path / f"{owners}.db", clock) as store:
+            here = World(store, clock)
+            store.configure(ttl=TTL, max_bytes=PLENTY)
+            await asyncio.gather(*(store.put(turn("t", f"key-{n}")) for n in range(owners)))
+            await here.tend()
+            said: list[str] = []
+            store._connection.set_trace_callback(said.append)
+            await here.put("a")
+            await here.tend()
+            clock.now += TTL / 2
+            await here.put("b")
+            store.configure(ttl=TTL, max_bytes=store.shares.size - 1)
+            await here.tend()
+            store._connection.set_trace_callback(None)
+            assert store.shares.turns == owners + 1
+            counts.append(len(said))
+    assert counts[1] <= counts[0] + 6  # some transactions may be apart
+
+
+def test_m3_a_share_is_found_among_many() -> None:
+    """Among 20,000 owners a turn is counted, judged and made room for in a moment."""
+    shares = Shares()
+    for number in range(20_000):
+        shares.add(f"key-{number}", 1000 + number)
+    bound = shares.size
+    began = time.process_time()
+    for number in range(1000):
+        owner = f"key-{number * 7}"
+        assert shares.fits(owner, 15_000, bound)
+        shares.add(owner, 1000)
+        largest = shares.largest()
+        assert largest is not None
+        shares.remove(largest, 1000, "size", 0)
+    assert time.process_time() - began < 1.0
