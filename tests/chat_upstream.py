@@ -32,7 +32,7 @@ def chat_only(**options: Any) -> Fact:
     return {"scripted": {"apis": ["chat"], **options}}
 
 
-def text(piece: str, **more: Any) -> Fact:
+def text(piece: Any, **more: Any) -> Fact:
     """Return a piece of text as a stream's choice has it."""
     return {"delta": {"content": piece}, **more}
 
@@ -65,14 +65,14 @@ def more(index: int | None, arguments: str, **members: Any) -> Fact:
     return part if index is None else {"index": index, **part}
 
 
-def frame(choices: Sequence[Fact] = (), **members: Any) -> bytes:
+def frame(choices: Any = (), **members: Any) -> bytes:
     """Encode one frame of a stream."""
     head = {
         "id": "chatcmpl-scripted",
         "object": "chat.completion.chunk",
         "created": CREATED_AT,
         "model": "gpt-test",
-        "choices": list(choices),
+        "choices": choices,
     }
     return sse({**head, **members})
 
