@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from answers import USAGE, Usage, deltas_of, fresh_id, sse
 from client import Answer
+from messages_items import FREE, F, Fields, G
 from rig import Proxy, prompt
 from steps import Step, json_answer, stream
+from validating import check_bridged, timeless
 
 if TYPE_CHECKING:
     from upstream import Recorded, ScriptedUpstream
@@ -151,7 +153,7 @@ def llama_facts(plan: Plan, *, started: bool = True) -> list[Fact]:
     ends: list[Fact] = []
     for index, block in enumerate(plan.blocks):
         start, deltas = _told(block, 2, in_start=False)
-        bare = {name: start[name] for name in ("type", "id", "name") if name in start}
+        bare: Block = {name: start[name] for name in ("type", "id", "name") if name in start}
         shown = {"text": "text", "thinking": "thinking"}.get(block["type"])
         if shown is not None:
             bare[shown] = ""
@@ -219,3 +221,50 @@ def check_asked(upstream: "ScriptedUpstream") -> Fact:
     request = upstream.requests[-1]
     assert (request.method, request.target) == ("POST", "/v1/messages")
     return plain(request.json())
+
+
+# What it makes of answers
+
+TOOLS: Fields = {"tools": [F, G, FREE]}
+F1 = tool_use("f", {"a": 1}, "call_1")
+F2 = tool_use("f", {"a": [1, {"b": "é\n"}]}, "call_2")
+EMPTY = tool_use("g", {}, "call_3")
+FREELY = tool_use("free", {"input": 'any *text*\n"{'}, "call_4")
+SAID_F1, SAID_F2 = ("f", "call_1", {"a": 1}), ("f", "call_2", {"a": [1, {"b": "é\n"}]})
+HM = ("Hm.", SIGNATURE)
+
+
+async def answered(proxy: Proxy, *, streamed: bool, **fields: Any) -> Fact:
+    """Ask for an answer, with every check of it; return its response."""
+    return check_bridged(await ask(proxy, stream=streamed, **{**TOOLS, **fields}))
+
+
+def meant(response: Fact) -> Fact:
+    """Return a response without ids and times, and with arguments as what they mean."""
+    fact: Fact = timeless(response)
+    for item in fact["output"]:
+        if item["type"] == "function_call":
+            item["arguments"] = json.loads(item["arguments"])
+    return fact
+
+
+def short(response: Fact) -> list[Any]:
+    """Return what each item of an answer says; items cut short have a `~` before."""
+    return [_short(item) for item in meant(response)["output"]]
+
+
+def _short(item: Fact) -> Any:
+    cut = "~" if item.get("status") == "incomplete" else ""
+    match item["type"]:
+        case "message":
+            assert item["role"] == "assistant"
+            assert {part["type"] for part in item["content"]} <= {"output_text"}
+            return cut + "".join(part["text"] for part in item["content"])
+        case "function_call":
+            return (cut + item["name"], item["call_id"], item["arguments"])
+        case "custom_tool_call":
+            return (cut + item["name"], item["call_id"], item["input"])
+        case "reasoning":
+            return ("".join(part["text"] for part in item["summary"]), item["encrypted_content"])
+        case kind:
+            raise AssertionError(kind)
