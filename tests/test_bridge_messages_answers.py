@@ -6,7 +6,6 @@ import pytest
 
 from answers import Usage
 from invariants import TOKEN_FIELDS, check_tokens, eventually
-from messages_items import Fact
 from messages_upstream import (
     EMPTY,
     F1,
