@@ -139,12 +139,13 @@ def frames(facts: Sequence[Mapping[str, Any]]) -> list[bytes]:
     return [sse(fact, event=fact["type"]) for fact in facts]
 
 
-def llama_facts(plan: Plan, *, started: bool = True) -> list[Fact]:
+def llama_facts(plan: Plan, *, started: bool = True, signed: str = "") -> list[Fact]:
     """Tell a plan as llama.cpp does: all blocks end last, starts are bare, usage in two halves.
 
     Args:
         plan: its blocks.
         started: whether `message_start` comes, which that server leaves out at times.
+        signed: the signature of its thoughts, which comes after all text.
     """
     usage = plan.usage
     opened = plan.whole(content=[], stop_reason=None)
@@ -160,8 +161,10 @@ def llama_facts(plan: Plan, *, started: bool = True) -> list[Fact]:
         facts.append({"type": "content_block_start", "index": index, "content_block": bare})
         for delta in deltas:
             told = {"type": "content_block_delta", "index": index, "delta": delta}
-            signed = delta["type"] == "signature_delta"
-            (ends if signed else facts).append(told)
+            if delta["type"] == "signature_delta":
+                ends.append({**told, "delta": {**delta, "signature": signed}})
+            else:
+                facts.append(told)
         ends.append({"type": "content_block_stop", "index": index})
     stop = {"stop_reason": plan.stop, "stop_sequence": None}
     count = {"output_tokens": usage.output}
@@ -265,6 +268,7 @@ def _short(item: Fact) -> Any:
         case "custom_tool_call":
             return (cut + item["name"], item["call_id"], item["input"])
         case "reasoning":
-            return ("".join(part["text"] for part in item["summary"]), item["encrypted_content"])
+            said = "".join(part["text"] for part in item["summary"])
+            return (said, item.get("encrypted_content") or None)
         case kind:
             raise AssertionError(kind)

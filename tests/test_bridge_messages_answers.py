@@ -32,6 +32,7 @@ from messages_upstream import (
     thinking,
     tool_use,
 )
+from refusals import SERVER, Refusal
 from rig import Proxy
 from steps import json_answer, stream
 from upstream import ScriptedUpstream
@@ -113,27 +114,43 @@ async def test_what_is_said(proxy: Proxy, upstream: ScriptedUpstream, name: str)
         assert meant(await answered(proxy, streamed=True)) == meant(whole)
 
 
-@pytest.mark.parametrize("name", CASES)
+# that server tells at most one text, before all calls, and shows all thoughts, unsigned
+OF_LLAMA = [
+    name
+    for name in CASES
+    if name not in {"two texts", "text between calls", "thoughts between", "both kinds of thoughts"}
+    and "not shown" not in name
+    and "signature" not in name
+]
+
+
+@pytest.mark.parametrize("name", OF_LLAMA)
 async def test_what_is_said_by_llama_cpp(
     proxy: Proxy, upstream: ScriptedUpstream, name: str
 ) -> None:
     """Blocks that all end last, bare starts, and no start of the message make no difference."""
     blocks, expected = CASES[name]
     plan = Plan(blocks, stop=stop_of(blocks))
-    if name in {"two texts", "text between calls", "thoughts between"} or "not shown" in name:
-        pytest.skip("it has at most one text, before all calls, and shows all thoughts")
-    if name == "both kinds of thoughts":
-        pytest.skip("it shows all thoughts")
+    unsigned = [("Hm.", None) if said == HM else said for said in expected]
     for started in (True, False):
         upstream.script(stream(frames(llama_facts(plan, started=started))))
         response = await answered(proxy, streamed=True)
-        assert short(response) == expected
+        assert short(response) == unsigned
         assert response["status"] == "completed"
         used = response["usage"]
         if started:
             assert (used["input_tokens"], used["output_tokens"]) == (11, 7)
         else:
             assert used is None or used["output_tokens"] == 7
+
+
+async def test_a_signature_that_comes_late(proxy: Proxy, upstream: ScriptedUpstream) -> None:
+    """After the text has begun it can no longer be told, or is told everywhere alike."""
+    plan = Plan([thinking("Hm."), text("Yes.")])
+    upstream.script(stream(frames(llama_facts(plan, signed=SIGNATURE))))
+    response = await answered(proxy, streamed=True)
+    assert short(response)[1] == "Yes."
+    assert short(response)[0] in {HM, ("Hm.", None)}
 
 
 async def test_the_items_themselves(proxy: Proxy, upstream: ScriptedUpstream) -> None:
@@ -203,14 +220,19 @@ async def test_citations_do_no_harm(
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-async def test_blocks_of_other_types_do_no_harm(
+async def test_blocks_of_other_types_are_not_made_up(
     proxy: Proxy, upstream: ScriptedUpstream, *, streamed: bool
 ) -> None:
-    """What the API has no item for leaves the rest of the answer valid and whole."""
+    """What the API has no item for is left out, or fails the answer; no invalid item is made."""
     odd = {"type": "server_tool_use", "id": "srv_1", "name": "web_search", "input": {"query": "x"}}
     plan = Plan([text("a"), odd, F1], stop="tool_use")
     upstream.script(plan.script(streamed=streamed))
-    assert short(await answered(proxy, streamed=streamed)) == ["a", SAID_F1]
+    answer = await ask(proxy, stream=streamed, **TOOLS)
+    if not streamed and answer.status != 200:
+        Refusal(502, "upstream_error", SERVER).check(answer, upstream="scripted")
+        return
+    response = check_bridged(answer)
+    assert response["status"] == "failed" or short(response) == ["a", SAID_F1]
 
 
 async def test_odd_events_do_no_harm(proxy: Proxy, upstream: ScriptedUpstream) -> None:

@@ -228,12 +228,11 @@ FAILURES = [
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.kind)
 @pytest.mark.parametrize("streamed", [False, True])
 async def test_refusals_of_the_upstream(
-    serve: Serve, upstream: ScriptedUpstream, failure: Failure, *, streamed: bool
+    proxy: Proxy, upstream: ScriptedUpstream, failure: Failure, *, streamed: bool
 ) -> None:
     """A client of the Responses API gets errors in its own API's shape, never the other one."""
-    proxy = await bridged(serve, retries=0)
     options = {"headers": [("retry-after", "7")]} if failure.status == 429 else {}
-    upstream.script(anthropic_error(failure.status, failure.kind, **options))
+    upstream.default = anthropic_error(failure.status, failure.kind, **options)
     answer = await ask(proxy, stream=streamed)
     assert answer.status == failure.expected.status, answer
     error = answer.json()["error"]

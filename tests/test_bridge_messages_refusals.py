@@ -142,7 +142,7 @@ async def test_what_cannot_be_said_is_refused(
     refusal = Refusal(400, "unsupported_parameter", param=param)
     for streamed in (False, True):
         answer = await ask(proxy, **{"input": "hi", **fields, "stream": streamed})
-        refusal.check(answer)
+        refusal.check(answer, upstream=answer.headers.get("x-aiproxy-upstream"))
     assert not upstream.requests
     answer = await ask(proxy, "hi", max_output_tokens=10)
     assert answer.status == 200, "a refusal took something"
@@ -183,7 +183,8 @@ async def test_what_is_malformed_is_refused(
     error = answer.json()["error"]
     assert error["code"] in {"invalid_type", "invalid_value"}
     assert error["param"].startswith(param)
-    Refusal(400, error["code"], param=error["param"]).check(answer)
+    refusal = Refusal(400, error["code"], param=error["param"])
+    refusal.check(answer, upstream=answer.headers.get("x-aiproxy-upstream"))
     assert not upstream.requests
 
 
@@ -230,7 +231,8 @@ async def test_all_tools_may_be_left_out(serve: Serve, upstream: ScriptedUpstrea
     assert not asked.keys() & {"tools", "tool_choice"}
     refusal = Refusal(400, "unsupported_parameter", param="tool_choice")
     for choice in ("required", {"type": "web_search"}):
-        refusal.check(await ask(proxy, **fields, tool_choice=choice))
+        answer = await ask(proxy, **fields, tool_choice=choice)
+        refusal.check(answer, upstream=answer.headers.get("x-aiproxy-upstream"))
     assert len(upstream.requests) == 1
 
 
@@ -241,5 +243,6 @@ async def test_a_choice_of_a_tool_that_was_left_out(
     proxy = await bridged(serve, routes=routes(unsupported_tools="drop"))
     tools = [F, {**FREE, "format": GRAMMAR}]
     answer = await ask(proxy, tools=tools, tool_choice={"type": "custom", "name": "free"})
-    Refusal(400, "unsupported_parameter", param="tool_choice").check(answer)
+    refusal = Refusal(400, "unsupported_parameter", param="tool_choice")
+    refusal.check(answer, upstream=answer.headers.get("x-aiproxy-upstream"))
     assert not upstream.requests

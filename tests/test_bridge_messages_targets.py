@@ -60,7 +60,8 @@ async def test_a_conversation_that_cannot_be_said(serve: Serve, upstream: Script
     upstream.script(json_answer(responses_json(items=[hosted])))
     first = (await ask(proxy, "one", model="native")).json()
     answer = await ask(proxy, "two", previous_response_id=first["id"])
-    Refusal(400, "unsupported_parameter", param="previous_response_id").check(answer)
+    refusal = Refusal(400, "unsupported_parameter", param="previous_response_id")
+    refusal.check(answer, upstream=answer.headers.get("x-aiproxy-upstream"))
     assert len(upstream.requests) == 1
     answer = await ask(
         proxy, [item("user", "two"), hosted], previous_response_id=first["id"], model="native"
