@@ -13,7 +13,7 @@ from client import Answer
 from responses import function_item, message_item, reasoning_item
 from rig import Proxy, prompt
 from steps import Step, json_answer, stream
-from validating import TERMINAL, Fact, check_event, check_response, check_stream
+from validating import LIFECYCLE, TERMINAL, Fact, check_event, check_response, check_stream
 
 Serve = Callable[..., Awaitable[Proxy]]
 
@@ -391,10 +391,12 @@ def facts_of(body: bytes) -> list[Fact]:
 def check_native(body: bytes) -> Fact:
     """Assert that every event of a normalized stream is valid; return its response.
 
-    The package and the schema differ in `error` events: there the package's form counts.
+    The package and the schema differ in `error` events: there the package's form counts. What the
+    server said of itself at its end alone could not be told before.
     """
     facts = facts_of(body)
-    final = check_stream(facts, native=True, valid=False)
+    last = ended(facts)["response"]
+    final = check_stream([_known(fact, last) for fact in facts], native=True, valid=False)
     for fact in facts:
         if fact["type"] == "error":
             assert isinstance(fact["message"], str)
@@ -405,6 +407,17 @@ def check_native(body: bytes) -> Fact:
     return final
 
 
+def _known(fact: Fact, last: Fact) -> Fact:
+    """Return a lifecycle event with what could not be known yet as it turned out to be."""
+    if fact["type"] not in LIFECYCLE:
+        return fact
+    early = {name: fact["response"][name] for name in EARLY}
+    return {**fact, "response": {**last, **early}}
+
+
+# Of a response: what is known from its beginning, and what changes.
+EARLY = ("id", "object", "model", "previous_response_id", "store", "status", "output", "usage",
+         "completed_at", "incomplete_details", "error")  # fmt: skip
 OTHERS = {"response.vendor.thing", "vendor"}  # events that nobody knows
 
 
