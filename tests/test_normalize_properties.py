@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from answers import sse
@@ -28,7 +28,11 @@ from validating import Fact, timeless
 
 HOLDER = "replay"
 
-ONCE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+ONCE = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    phases=[Phase.generate, Phase.shrink],  # to explain takes calls that block
+    max_examples=40,
+)
 
 ITEMS = [
     reasoning_item(summary="Let me think."),
@@ -101,6 +105,11 @@ def _item(item: Fact, left_out: Names) -> Fact:
     return item
 
 
+def same(response: Fact) -> bool:
+    """Whether a response has all that was said; items of which more came stand first."""
+    return sorted(map(repr, short(response))) == sorted(map(repr, EXPECTED))
+
+
 def framed(facts: Sequence[Fact]) -> list[bytes]:
     """Encode events."""
     return [sse(fact, event=fact["type"]) for fact in facts]
@@ -126,7 +135,7 @@ async def test_kinds_and_members_that_never_come(
     """A server that knows neither some events nor some members is understood all the same."""
     facts = [lacking(fact, left_out) for fact in WHOLE if fact["type"] not in sensible(kinds)]
     response = await told(proxy, upstream, facts)
-    assert short(response) == EXPECTED
+    assert same(response), short(response)
     assert response["status"] == "completed"
     assert response["usage"]["output_tokens"] == WHOLE[-1]["response"]["usage"]["output_tokens"]
 
@@ -138,7 +147,7 @@ async def test_one_kind_that_never_comes(
     """Each kind of event alone can be done without."""
     nothing: Names = {name: set() for name in ("members", "response", "item", "part", "usage")}
     facts = [lacking(fact, nothing) for fact in WHOLE if fact["type"] not in sensible({kind})]
-    assert short(await told(proxy, upstream, facts)) == EXPECTED
+    assert same(await told(proxy, upstream, facts))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in OPTIONAL if not kind.startswith(ARGUMENTS)])
@@ -147,7 +156,7 @@ async def test_one_kind_that_alone_comes(
 ) -> None:
     """With the end, each kind of event alone is enough."""
     facts = [fact for fact in WHOLE if fact["type"] in {kind, "response.completed"}]
-    assert short(await told(proxy, upstream, facts)) == EXPECTED
+    assert same(await told(proxy, upstream, facts))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +176,7 @@ async def test_one_member_that_never_comes(
     nothing: Names = {each: set() for each in ("members", "response", "item", "part", "usage")}
     left_out = {**nothing, where: {name}}
     facts = [lacking(fact, left_out) for fact in WHOLE]
-    assert short(await told(proxy, upstream, facts)) == EXPECTED
+    assert same(await told(proxy, upstream, facts))
     upstream.script(json_answer(facts[-1]["response"]))
     answer = await ask(proxy, streamed=False)
     assert short(check_normalized(answer)) == EXPECTED
@@ -193,7 +202,7 @@ async def test_events_that_are_lost(
         for at, fact in enumerate(WHOLE)
         if at not in lost
     ]
-    assert short(await told(proxy, upstream, facts)) == EXPECTED
+    assert same(await told(proxy, upstream, facts))
 
 
 @ONCE
