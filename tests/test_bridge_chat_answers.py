@@ -732,7 +732,7 @@ async def test_refusals_of_the_upstream(
     serve: Serve, upstream: ScriptedUpstream, *, streamed: bool
 ) -> None:
     """Before a stream starts an upstream's refusal is told as on every other endpoint."""
-    proxy = await serve(upstreams=chat_only(), retries=0)
+    proxy = await serve(upstreams=chat_only())
     body = prompt(stream=streamed)
     upstream.script(error_answer(400, "no good", code="odd", param="messages"))
     answer = await proxy.post(PATH, body)
@@ -746,8 +746,10 @@ async def test_refusals_of_the_upstream(
         (500, 502, "upstream_error"),
         (503, 503, "upstream_overloaded"),
     ):
-        upstream.script(error_answer(status))
+        for _ in range(3):  # the first attempt, and what is tried again
+            upstream.script(error_answer(status))
         answer = await proxy.post(PATH, body)
+        upstream.heal()
         assert (answer.status, answer.json()["error"]["code"]) == (told, code)
 
 

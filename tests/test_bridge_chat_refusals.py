@@ -127,7 +127,6 @@ REFUSED: dict[str, Refused] = {
             "max_tokens": 5,
             "max_completion_tokens": 5,
             "logprobs": True,
-            "system": "x",
         }.items()
     },
 }

@@ -629,15 +629,6 @@ async def test_reasoning_that_is_sent(
     assert body["messages"] == [USER, {**thinks, "reasoning_content": told}, answered]
 
 
-async def test_reasoning_that_nothing_follows_is_not_sent(
-    serve: Serve, upstream: ScriptedUpstream
-) -> None:
-    """Reasoning without an answer after it in its turn makes no message of its own."""
-    proxy = await serve(upstreams=chat_only(reasoning_content="send"))
-    body = await sent_for(proxy, upstream, said(USER, reasoned("Hm."), USER))
-    assert body["messages"] == [USER, USER]
-
-
 async def test_custom_calls(proxy: Proxy, upstream: ScriptedUpstream) -> None:
     """Earlier calls of custom tools and their outputs are told as calls of functions."""
     made = {"type": "custom_tool_call", "call_id": "c1", "name": "patch", "input": 'a "b"\n'}

@@ -79,8 +79,10 @@ def _validator(name: str) -> Any:
 def _told(response: Fact) -> Fact:
     """Return a response without the items, tools and choices that the schema does not know."""
     choice = response.get("tool_choice")
-    kinds = ("function", "allowed_tools")
-    odd = isinstance(choice, dict) and choice.get("type") not in kinds
+    odd = isinstance(choice, dict) and any(
+        each.get("type") not in {"function", "allowed_tools"}
+        for each in (choice, *choice.get("tools", ()))
+    )
     return {
         **response,
         "output": [item for item in response["output"] if item["type"] in _ITEMS],
