@@ -48,7 +48,7 @@ CUTS: list[Any] = [
 class Watched:
     """A daemon before a chat upstream, with what it holds at rest."""
 
-    def __init__(self, proxy: Proxy, upstream: ScriptedUpstream, baseline: Baseline) -> None:
+    def __init__(self, proxy: Proxy, upstream: ScriptedUpstream, baseline: Baseline | None) -> None:
         self.proxy = proxy
         self.upstream = upstream
         self.baseline = baseline
@@ -74,10 +74,12 @@ class Watched:
         return self.proxy.request_logs()[-1]
 
 
-async def watch(serve: Serve, upstream: ScriptedUpstream, **changes: Any) -> Watched:
-    """Start a daemon before an upstream that speaks chat alone."""
+async def watch(
+    serve: Serve, upstream: ScriptedUpstream, *, rest: bool = False, **changes: Any
+) -> Watched:
+    """Start a daemon before an upstream that speaks chat alone; `rest`: count what it holds."""
     proxy = await serve(upstreams=chat_only(), **changes)
-    return Watched(proxy, upstream, await take_baseline(proxy, upstream))
+    return Watched(proxy, upstream, await take_baseline(proxy, upstream) if rest else None)
 
 
 FINISHED: dict[str, tuple[list[bytes], list[Step], bool]] = {
@@ -111,7 +113,7 @@ async def test_cut_before_the_finish_reason(
     serve: Serve, upstream: ScriptedUpstream, end: list[Step]
 ) -> None:
     """Without a finish reason the response has failed, with the items that were whole."""
-    watched = await watch(serve, upstream)
+    watched = await watch(serve, upstream, rest=True)
     upstream.script(send(BEGUN, *end))
     answer, response = await ask(watched.proxy, streamed=True)
     assert (response["status"], items_of(response)) == ("failed", [("reasoning", "Hm.")])
@@ -160,7 +162,7 @@ async def test_an_error_frame(serve: Serve, upstream: ScriptedUpstream) -> None:
 
 async def test_a_stall(serve: Serve, upstream: ScriptedUpstream) -> None:
     """An upstream that is silent past `idle` before its finish fails the response."""
-    watched = await watch(serve, upstream, timeouts={"idle": "200ms"})
+    watched = await watch(serve, upstream, rest=True, timeouts={"idle": "200ms"})
     upstream.script(send(BEGUN, Stall()))
     answer, response = await ask(watched.proxy, streamed=True)
     assert (response["status"], items_of(response)) == ("failed", [("reasoning", "Hm.")])
@@ -171,7 +173,7 @@ async def test_a_stall(serve: Serve, upstream: ScriptedUpstream) -> None:
 
 async def test_a_stall_after_the_finish_reason(serve: Serve, upstream: ScriptedUpstream) -> None:
     """An upstream that is silent instead of telling its usage has still answered completely."""
-    watched = await watch(serve, upstream, timeouts={"idle": "200ms"})
+    watched = await watch(serve, upstream, rest=True, timeouts={"idle": "200ms"})
     upstream.script(send([*BEGUN, finish_frame()], Stall()))
     answer, response = await ask(watched.proxy, streamed=True)
     assert (response["status"], response["usage"]) == ("completed", None)
@@ -261,7 +263,7 @@ async def test_a_client_that_leaves(
     serve: Serve, upstream: ScriptedUpstream, phase: str, *, streamed: bool
 ) -> None:
     """The upstream is closed at once when the client is gone, in every phase (contract 6.6)."""
-    watched = await watch(serve, upstream)
+    watched = await watch(serve, upstream, rest=True)
     upstream.script([Stall()] if phase == "waiting" else send(BEGUN, Stall()))
     if phase == "streaming" and not streamed:
         upstream.heal()
@@ -296,7 +298,7 @@ async def test_what_is_counted(
     proxy = await serve(upstreams=chat_only())
     upstream.script(THINKING.but(finish=finish).script(streamed=streamed))
     await ask(proxy, streamed=streamed)
-    watched = Watched(proxy, upstream, Baseline.now(upstream))
+    watched = Watched(proxy, upstream, None)
     line = await watched.line()
     told = {
         "endpoint": "responses",

@@ -17,7 +17,6 @@ from chat_upstream import (
     function_call,
     messages_of,
 )
-from client import Answer
 from invariants import check_invariants
 from responses import message_item, responses_json
 from rig import TEAM_B, Proxy
@@ -224,7 +223,7 @@ async def test_what_chat_cannot_be_told(both: Proxy, upstream: ScriptedUpstream)
     made = await turn(both, "search", model="native")
     count = len(upstream.requests)
     for streamed in (False, True):
-        answer: Answer = await ask(both, "more", made["id"], streamed=streamed)
+        answer = await ask(both, "more", made["id"], streamed=streamed)
         error = answer.json()["error"]
         assert answer.status == 400
         told = (error["code"], error["param"])
