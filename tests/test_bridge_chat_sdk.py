@@ -175,11 +175,12 @@ async def test_a_tool_loop(
 
 
 async def test_other_ends(client: AsyncOpenAI, upstream: ScriptedUpstream) -> None:
-    """Limits and failures reach the SDK as its own types, from the helper too."""
+    """Limits and failures reach the SDK as its own types."""
     upstream.script(HELLO.but(finish="length").script(streamed=True))
-    events, final = await helped(client, max_output_tokens=3)
-    assert (events[-1].type, final.status) == ("response.incomplete", "incomplete")
-    assert final.incomplete_details.reason == "max_output_tokens"
+    async with client.responses.stream(**ASK, max_output_tokens=3) as helper:
+        end: Any = [event async for event in helper][-1]
+    assert (end.type, end.response.status) == ("response.incomplete", "incomplete")
+    assert end.response.incomplete_details.reason == "max_output_tokens"
     for bad in ([piece_frame(text("Hel")), frame(error={"message": "It broke."}), DONE], []):
         upstream.script(send(bad, EndChunks() if bad else Reset()))
         async with await client.responses.create(**ASK, stream=True) as stream:
