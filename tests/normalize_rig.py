@@ -4,6 +4,7 @@ Each tells one answer in its own way, as seen on the wire: llama.cpp, transforme
 """
 
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -403,8 +404,21 @@ def check_native(body: bytes) -> Fact:
             assert isinstance(fact.get("code"), str | None)
             assert isinstance(fact.get("param"), str | None)
         elif fact["type"] not in OTHERS:
-            check_event(fact)
+            check_once(fact, check_event)
     return final
+
+
+_ID = re.compile(r'"([a-z]+)_[A-Za-z0-9_-]{6,}"')
+_TIME = re.compile(r'_at": \d+')
+_right: set[str] = set()  # what was found to be right, without ids and times
+
+
+def check_once(fact: Fact, check: Callable[[Fact], None]) -> None:
+    """Assert that a fact is right, unless one that differs by ids and times alone was."""
+    shape = _TIME.sub('_at": 1', _ID.sub(r'"\1_"', json.dumps(fact)))
+    if shape not in _right:
+        check(fact)
+        _right.add(shape)
 
 
 def _known(fact: Fact, last: Fact) -> Fact:
@@ -427,7 +441,7 @@ def check_normalized(answer: Answer) -> Fact:
     if answer.headers["content-type"].startswith("text/event-stream"):
         return check_native(answer.body)
     response: Fact = answer.json()
-    check_response(response)
+    check_once(response, check_response)
     return response
 
 
