@@ -5,7 +5,8 @@ too where there is one.
 """
 
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -221,3 +222,13 @@ def check_pairs(messages: Sequence[Fact]) -> None:
             assert not owed, f"no result of {owed}: {json.dumps(messages)}"
             owed = {call["id"] for call in message.get("tool_calls") or ()}
     assert not owed
+
+
+@contextmanager
+def row(name: str) -> Iterator[None]:
+    """Say which row of a table failed: a daemon for each would take long."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"row: {name}")
+        raise

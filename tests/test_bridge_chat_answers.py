@@ -28,6 +28,7 @@ from chat_upstream import (
     more,
     piece_frame,
     refusal,
+    row,
     send,
     text,
     thought,
@@ -316,11 +317,7 @@ ENDS: dict[str, Case] = {
     ),
 }
 
-CASES = {
-    f"{group}: {name}": case
-    for group, table in {"text": TEXT, "calls": CALLS, "ends": ENDS}.items()
-    for name, case in table.items()
-}
+CASES = {"text": TEXT, "calls": CALLS, "ends": ENDS}
 
 
 @pytest.fixture
@@ -342,10 +339,16 @@ def check_case(response: Fact, case: Case) -> None:
     assert response["usage"] == Usage().responses()
 
 
-@pytest.mark.parametrize("name", CASES)
-async def test_what_is_told(proxy: Proxy, upstream: ScriptedUpstream, name: str) -> None:
+@pytest.mark.parametrize("table", CASES)
+async def test_what_is_told(proxy: Proxy, upstream: ScriptedUpstream, table: str) -> None:
     """Each answer becomes just these items, streamed and whole, and both are the same object."""
-    case = CASES[name]
+    for name, case in CASES[table].items():
+        with row(name):
+            await check_told(proxy, upstream, case)
+
+
+async def check_told(proxy: Proxy, upstream: ScriptedUpstream, case: Case) -> None:
+    """Assert what a client is told of a case's answer."""
     upstream.script(case.told.script(streamed=True))
     answer, streamed = await ask(proxy, streamed=True, **(case.asked or {}))
     assert answer.headers["content-type"].startswith("text/event-stream")
@@ -795,17 +798,18 @@ ODD_FRAMES: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("name", ODD_FRAMES)
-async def test_odd_frames(proxy: Proxy, upstream: ScriptedUpstream, name: str) -> None:
+async def test_odd_frames(proxy: Proxy, upstream: ScriptedUpstream) -> None:
     """Whatever a frame is, the stream is whole and valid: never cut, never an internal error."""
-    frames = [piece_frame(text("Hello")), ODD_FRAMES[name], *HELLO.frames()[-3:]]
-    upstream.script(send(frames, EndChunks()))
-    answer = await proxy.post(PATH, prompt(stream=True))
-    assert answer.status == 200
-    final = check_stream(facts_of(answer.body))
-    assert final["status"] in {"completed", "failed"}
-    if final["status"] == "failed":
-        assert "internal" not in final["error"]["message"].lower()
+    for name, odd in ODD_FRAMES.items():
+        with row(name):
+            frames = [piece_frame(text("Hello")), odd, *HELLO.frames()[-3:]]
+            upstream.script(send(frames, EndChunks()))
+            answer = await proxy.post(PATH, prompt(stream=True))
+            assert answer.status == 200
+            final = check_stream(facts_of(answer.body))
+            assert final["status"] in {"completed", "failed"}
+            if final["status"] == "failed":
+                assert "internal" not in final["error"]["message"].lower()
 
 
 async def test_what_is_passed_over(proxy: Proxy, upstream: ScriptedUpstream) -> None:

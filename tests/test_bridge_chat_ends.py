@@ -172,22 +172,18 @@ async def test_a_stall(serve: Serve, upstream: ScriptedUpstream) -> None:
 
 
 async def test_a_stall_after_the_finish_reason(serve: Serve, upstream: ScriptedUpstream) -> None:
-    """An upstream that is silent instead of telling its usage has still answered completely."""
-    watched = await watch(serve, upstream, rest=True, timeouts={"idle": "200ms"})
-    upstream.script(send([*BEGUN, finish_frame()], Stall()))
-    answer, response = await ask(watched.proxy, streamed=True)
-    assert (response["status"], response["usage"]) == ("completed", None)
-    await watched.check(answer.body, completed=True)
+    """An upstream that is silent instead of telling its usage has still answered completely.
 
-
-async def test_usage_is_waited_for_5_seconds(serve: Serve, upstream: ScriptedUpstream) -> None:
-    """Without a short `idle` the end comes some seconds after the finish reason all the same."""
-    watched = await watch(serve, upstream)
-    upstream.script(send([*BEGUN, finish_frame()], Stall()))
-    async with asyncio.timeout(20):
-        answer, response = await ask(watched.proxy, streamed=True)
-    assert (response["status"], response["usage"]) == ("completed", None)
-    await watched.check(answer.body, completed=True)
+    With a short `idle` as without one; the end comes some seconds after the finish reason.
+    """
+    short = await watch(serve, upstream, timeouts={"idle": "200ms"})
+    usual = await watch(serve, upstream)
+    upstream.default = send([*BEGUN, finish_frame()], Stall())
+    async with asyncio.timeout(30):
+        both = await asyncio.gather(*(ask(each.proxy, streamed=True) for each in (short, usual)))
+    for watched, (answer, response) in zip((short, usual), both, strict=True):
+        assert (response["status"], response["usage"]) == ("completed", None)
+        await watched.check(answer.body, completed=True)
 
 
 async def test_the_end_waits_for_the_usage(serve: Serve, upstream: ScriptedUpstream) -> None:

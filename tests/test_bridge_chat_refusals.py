@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from chat_upstream import FUNCTION, PATH, Fact, Serve, ask, chat_only
+from chat_upstream import FUNCTION, PATH, Fact, Serve, ask, chat_only, row
 from rig import Proxy, routes
 from test_bridge_chat_requests import (
     CUSTOM,
@@ -151,13 +151,13 @@ async def check_refused(
     return str(message)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-async def test_what_is_refused(proxy: Proxy, upstream: ScriptedUpstream, name: str) -> None:
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_what_is_refused(proxy: Proxy, upstream: ScriptedUpstream, *, streamed: bool) -> None:
     """What chat cannot express is refused by its own name, and no upstream hears of it."""
-    row = REFUSED[name]
-    for streamed in (False, True):
-        message = await check_refused(proxy, upstream, row.asked, row.param, streamed=streamed)
-        assert len(message) > 10
+    for name, (asked, param) in REFUSED.items():
+        with row(name):
+            message = await check_refused(proxy, upstream, asked, param, streamed=streamed)
+            assert len(message) > 10
 
 
 async def test_a_refusal_takes_nothing(serve: Serve, upstream: ScriptedUpstream) -> None:
@@ -167,8 +167,8 @@ async def test_a_refusal_takes_nothing(serve: Serve, upstream: ScriptedUpstream)
     first = await proxy.post(PATH, {"model": "gpt-test", "input": "hi"})
     left = [int(first.headers[name]) for name in remaining]
     assert left[0] == 999
-    for row in REFUSED.values():
-        await check_refused(proxy, upstream, row.asked, row.param, streamed=True)
+    for asked, param in REFUSED.values():
+        await check_refused(proxy, upstream, asked, param, streamed=True)
     last = await proxy.post(PATH, {"model": "gpt-test", "input": "hi", "background": True})
     assert int(last.headers[remaining[0]]) == left[0]
     metrics = await proxy.metrics()
@@ -210,17 +210,17 @@ MALFORMED: dict[str, Refused] = {
 }
 
 
-@pytest.mark.parametrize("name", MALFORMED)
-async def test_what_is_malformed(proxy: Proxy, upstream: ScriptedUpstream, name: str) -> None:
+async def test_what_is_malformed(proxy: Proxy, upstream: ScriptedUpstream) -> None:
     """A field that cannot be read is 400 with its place, and no upstream hears of it."""
-    row = MALFORMED[name]
-    answer = await proxy.post(PATH, {"model": "gpt-test", "input": "hi", **row.asked})
-    assert answer.status == 400, answer
-    error = answer.json()["error"]
-    assert error["type"] == "invalid_request_error"
-    assert error["code"] in {"invalid_type", "invalid_value", "missing_required_parameter"}
-    assert error["param"].startswith(row.param)
-    assert upstream.requests == []
+    for name, (asked, param) in MALFORMED.items():
+        with row(name):
+            answer = await proxy.post(PATH, {"model": "gpt-test", "input": "hi", **asked})
+            assert answer.status == 400, answer
+            error = answer.json()["error"]
+            assert error["type"] == "invalid_request_error"
+            assert error["code"] in {"invalid_type", "invalid_value", "missing_required_parameter"}
+            assert error["param"].startswith(param)
+            assert upstream.requests == []
 
 
 # Tools that are left out
@@ -280,6 +280,6 @@ async def test_a_choice_of_what_is_dropped(
 
 async def test_other_refusals_stay(dropping: Proxy, upstream: ScriptedUpstream) -> None:
     """To leave out tools is not to leave out anything else."""
-    for name, row in REFUSED.items():
+    for name, (asked, param) in REFUSED.items():
         if not name.startswith("tool "):
-            await check_refused(dropping, upstream, row.asked, row.param, streamed=False)
+            await check_refused(dropping, upstream, asked, param, streamed=False)

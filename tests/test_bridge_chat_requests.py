@@ -15,6 +15,7 @@ from chat_upstream import (
     chat_only,
     check_pairs,
     messages_of,
+    row,
 )
 from rig import Proxy
 from upstream import ScriptedUpstream
@@ -508,17 +509,13 @@ FIELDS: dict[str, Row] = {
     ),
 }
 
-ROWS = {
-    f"{group}: {name}": row
-    for group, table in {
-        "messages": MESSAGES,
-        "system": SYSTEM,
-        "parts": PARTS,
-        "loop": LOOP,
-        "tools": TOOLS,
-        "fields": FIELDS,
-    }.items()
-    for name, row in table.items()
+TABLES = {
+    "messages": MESSAGES,
+    "system": SYSTEM,
+    "parts": PARTS,
+    "loop": LOOP,
+    "tools": TOOLS,
+    "fields": FIELDS,
 }
 
 
@@ -565,14 +562,16 @@ async def sent_for(proxy: Proxy, upstream: ScriptedUpstream, asked: Fact, **how:
     return body
 
 
-@pytest.mark.parametrize("name", ROWS)
-async def test_what_is_sent(proxy: Proxy, upstream: ScriptedUpstream, name: str) -> None:
+@pytest.mark.parametrize("table", TABLES)
+async def test_what_is_sent(proxy: Proxy, upstream: ScriptedUpstream, table: str) -> None:
     """Each field becomes just what the table says, whole and streamed, and nothing else is sent."""
-    row = ROWS[name]
     usual = {"model": "gpt-test", "messages": [USER], "stream": False}
-    assert await sent_for(proxy, upstream, row.asked) == usual | row.sent
     streams = {"stream": True, "stream_options": {"include_usage": True}}
-    assert await sent_for(proxy, upstream, row.asked, streamed=True) == usual | row.sent | streams
+    for name, (asked, sent) in TABLES[table].items():
+        with row(name):
+            assert await sent_for(proxy, upstream, asked) == usual | sent
+            body = await sent_for(proxy, upstream, asked, streamed=True)
+            assert body == usual | sent | streams
 
 
 async def test_options_of_the_stream(proxy: Proxy, upstream: ScriptedUpstream) -> None:

@@ -174,7 +174,7 @@ async def test_a_tool_loop(
     assert [message["content"] for message in messages[2:]] == ["sunny", "rain"]
 
 
-async def test_other_ends(client: AsyncOpenAI, upstream: ScriptedUpstream) -> None:
+async def test_other_ends(client: AsyncOpenAI, proxy: Proxy, upstream: ScriptedUpstream) -> None:
     """Limits and failures reach the SDK as its own types."""
     upstream.script(HELLO.but(finish="length").script(streamed=True))
     async with client.responses.stream(**ASK, max_output_tokens=3) as helper:
@@ -183,7 +183,10 @@ async def test_other_ends(client: AsyncOpenAI, upstream: ScriptedUpstream) -> No
     assert end.response.incomplete_details.reason == "max_output_tokens"
     for bad in ([piece_frame(text("Hel")), frame(error={"message": "It broke."}), DONE], []):
         upstream.script(send(bad, EndChunks() if bad else Reset()))
-        async with await client.responses.create(**ASK, stream=True) as stream:
+        async with (
+            proxy.openai() as fresh,  # after a failure the connection is closed
+            await fresh.responses.create(**ASK, stream=True) as stream,
+        ):
             last: Any = [event async for event in stream][-1]
         assert last.type == "response.failed"
         assert last.response.error.code == "server_error"

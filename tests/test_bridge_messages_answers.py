@@ -36,7 +36,7 @@ from refusals import SERVER, Refusal
 from rig import Proxy
 from steps import json_answer, stream
 from upstream import ScriptedUpstream
-from validating import check_bridged, facts_of
+from validating import check_bridged, check_stream, facts_of
 
 HOLDER = "replay"
 
@@ -109,9 +109,11 @@ async def test_what_is_said(proxy: Proxy, upstream: ScriptedUpstream, name: str)
         stream(plan.events(2, in_start=True), newline=b"\r", split=11),
         stream([b"data: " + frame.split(b"data: ")[1] for frame in plan.events()]),
     ]
-    for script in scripts:
+    for number, script in enumerate(scripts):
         upstream.script(script)
-        assert meant(await answered(proxy, streamed=True)) == meant(whole)
+        answer = await ask(proxy, stream=True, **TOOLS)
+        told = check_stream(facts_of(answer.body), valid=number == 0)
+        assert meant(told) == meant(whole)
 
 
 # that server tells at most one text, before all calls, and shows all thoughts, unsigned

@@ -63,17 +63,25 @@ def alike(fact: Fact, mode: str) -> Fact:
     return fact
 
 
+ODD: Fact = {"x_number": 1.5, "x_big": BIG, "x_deep": {"a": [None, {"b": True}]}}
+
+
 def strange(facts: list[Fact]) -> list[Fact]:
     """Return events with fields that nobody knows, at every depth."""
-    odd = {"x_number": 1.5, "x_big": BIG, "x_deep": {"a": [None, {"b": True}]}}
-    found = []
-    for fact in facts:
-        whole = {**fact, **odd}
-        for name in ("response", "item", "part"):
-            if name in fact:
-                whole[name] = {**fact[name], **odd}
-        found.append(whole)
-    return found
+    return [_strange(fact) for fact in facts]
+
+
+def _strange(fact: Fact) -> Fact:
+    """Return an event, a response, an item or a part with them."""
+    nested: Fact = {
+        name: _strange(fact[name]) for name in ("response", "item", "part") if name in fact
+    }
+    lists = {
+        name: [_strange(each) for each in fact[name]]
+        for name in ("output", "content", "summary")
+        if isinstance(fact.get(name), list)
+    }
+    return {**fact, **nested, **lists, **ODD}
 
 
 async def test_a_whole_stream_stays(proxy: Proxy, upstream: ScriptedUpstream, mode: str) -> None:
@@ -89,7 +97,7 @@ async def test_a_whole_stream_stays(proxy: Proxy, upstream: ScriptedUpstream, mo
 
 async def test_a_whole_answer_stays(proxy: Proxy, upstream: ScriptedUpstream, mode: str) -> None:
     """The same of a JSON answer, unknown fields included."""
-    sent = strange([{"response": responses_json(items=ITEMS)}])[0]["response"]
+    sent = _strange(responses_json(items=ITEMS))
     upstream.script(json_answer(sent))
     answer = await ask(proxy, streamed=False)
     check_normalized(answer)
