@@ -218,7 +218,9 @@ ROWS: dict[str, Row] = {
         assistant({"type": "thinking", "thinking": "Hm.", "signature": SIGNATURE}, "b"),
         user("c"),
     ),
-    "no reasoning asked for": Row({"reasoning": {"effort": "none"}}, {}),
+    "no reasoning asked for": Row(
+        {"reasoning": {"effort": "none"}}, {"thinking": {"type": "disabled"}}
+    ),
     "reasoning without an effort": Row({"reasoning": {"summary": "auto"}}, {}),
     "reasoning null": Row({"reasoning": None}, {}),
     # Tools
