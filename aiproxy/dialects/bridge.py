@@ -18,6 +18,7 @@ from aiproxy.usage import estimate_output
 
 if TYPE_CHECKING:
     from aiproxy.config import Route, Upstream
+    from aiproxy.dialects.responses_writer import Beside
     from aiproxy.envelope import Envelope
     from aiproxy.errors import Outcome, ProxyError
     from aiproxy.usage import Reason, Usage
@@ -219,19 +220,20 @@ class BridgeStream(Stream):
             "total_tokens": usage.total,
         }
 
-    def conclude(self, outcome: Outcome, why: str = "") -> None:
+    def conclude(self, outcome: Outcome, why: str = "", beside: Beside = None) -> None:
         """The answer is whole.
 
         Args:
             outcome: completed, incomplete or failed.
             why: it is incomplete.
+            beside: what else its terminal event says.
         """
         writer = self.writer
         self.outcome = outcome
         self.owes = False
         writer.settle(outcome, why)
         self._ready = writer.take()
-        writer.terminal()
+        writer.terminal(beside)
         self._held = writer.take()
         if self.asked.keep and self.events and outcome != "failed":
             self.produced = writer.produced()

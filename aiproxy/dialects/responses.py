@@ -53,7 +53,7 @@ _CANDIDATE = re.compile(
     rb'|output_item\.done)|error)(?:"|\r|\n)|data: ?\[DONE\]'
 )
 # The type of an event that is not JSON, as far as it can be told.
-_SPECIAL_TYPE = re.compile(
+SPECIAL_TYPE = re.compile(
     rb'"type"\s*:\s*"(?:response\.(?:created|queued|in_progress|completed|incomplete|failed'
     rb'|output_item\.done)|error)"'
 )
@@ -281,7 +281,7 @@ class ResponsesStream(NativeStream):
 
     def _not_json(self, raw: bytes, name: str, data: bytes) -> bytes:
         special = name in _LIFECYCLE or name in _TERMINAL or name in (_ITEM_DONE, _ERROR)
-        if special or _SPECIAL_TYPE.search(data):
+        if special or SPECIAL_TYPE.search(data):
             return self._broken(name or "lifecycle")
         self._passed(raw)
         return raw

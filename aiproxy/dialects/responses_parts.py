@@ -79,11 +79,12 @@ class Sink:
         pieces: its text so far.
         head, tail: of a delta's event, around its number and its text.
         more: members of it that an upstream gave besides.
+        beside: what the upstream's own event at its end said besides.
     """
 
     __slots__ = (
-        "annotations", "done", "head", "kind", "logprobs", "middle", "more", "names", "pieces",
-        "place", "tail",
+        "annotations", "beside", "done", "head", "kind", "logprobs", "middle", "more", "names",
+        "pieces", "place", "tail",
     )  # fmt: skip
 
     def __init__(self, kind: str, place: dict[str, Any], more: dict[str, Any]) -> None:
@@ -92,6 +93,7 @@ class Sink:
         self.place = place
         self.more = more
         self.pieces: list[str] = []
+        self.beside: dict[str, Any] | None = None
         self.annotations: list[Any] = list(more.pop("annotations", None) or ())
         self.logprobs: list[Any] = list(more.pop("logprobs", None) or ())
         self.done = False
@@ -145,9 +147,10 @@ class Item:
         self.others: list[dict[str, Any]] = []
         self.done = False
         self.status = None
-        if kind == "message" or kind in CALLS:
-            more.pop("status", None)
-            self.status = "in_progress"
+        if kind in PREFIXES:
+            given = more.pop("status", None)
+            # Reasoning has one only where its maker says so.
+            self.status = "in_progress" if given or kind != "reasoning" else None
 
     @property
     def sink(self) -> Sink | None:

@@ -1,8 +1,8 @@
 """Servers that say they speak the Responses API, and leave out what it requires.
 
 Each event is read, and told again by the writer, which numbers events, items and parts, and makes
-those that are missing. Whatever else an upstream says of the response, of an item or of a part
-stays; events of unknown types pass, with the number that is next.
+those that are missing (`responses_followed`). Whatever else an upstream says of the response, of an
+item or of a part stays; events of unknown types pass, with the number that is next.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 from aiproxy import errors, usage
 from aiproxy.dialects import value_of
 from aiproxy.dialects.bridge import BridgeStream, declared
-from aiproxy.dialects.responses import Responses
+from aiproxy.dialects.responses import SPECIAL_TYPE, Responses
+from aiproxy.dialects.responses_followed import Followed, beside
 from aiproxy.dialects.responses_object import COMPLETE
-from aiproxy.dialects.responses_parts import CALLS, KINDS, PREFIXES
+from aiproxy.dialects.responses_parts import KINDS
 
 if TYPE_CHECKING:
     from aiproxy.config import Route, Upstream
     from aiproxy.dialects import Answer, Asked
-    from aiproxy.dialects.responses_parts import Item, Sink
+    from aiproxy.dialects.responses_writer import Beside
     from aiproxy.envelope import Envelope
     from aiproxy.errors import Outcome, ProxyError
 
@@ -31,11 +32,6 @@ _TERMINAL: dict[str, Outcome] = {
 }
 _SINKS = {kind.events: name for name, kind in KINDS.items()}
 _PARTS = ("response.content_part", "response.reasoning_summary_part")
-# What is said of an event by the writer itself.
-_PLACES = frozenset(
-    {"type", "sequence_number", "item_id", "output_index", "content_index", "summary_index"}
-    | {"delta", "text", "refusal", "arguments", "input", "logprobs"}
-)
 _CODES = frozenset({"server_error", "rate_limit_exceeded", "invalid_prompt"})
 
 
@@ -60,9 +56,15 @@ class RepairedStream(BridgeStream):
 
     def __init__(self, asked: Asked) -> None:
         super().__init__(asked)
-        self._by_index: dict[int, Item] = {}  # as the upstream counts
-        self._by_id: dict[str, Item] = {}
+        self._followed: Followed | None = None
         self._declared: ProxyError | None = None
+
+    @property
+    def items(self) -> Followed:
+        """What is known of the upstream's items."""
+        if self._followed is None:
+            self._followed = Followed(self.writer)
+        return self._followed
 
     def cut(self) -> ProxyError | None:
         """See `Stream`."""
@@ -80,16 +82,17 @@ class RepairedStream(BridgeStream):
         if not isinstance(kind, str):
             kind = name.decode("ascii", "replace")
         if kind in _LIFECYCLE:
-            self._lifecycle(kind, event.get("response"))
+            self._lifecycle(kind, event.get("response"), beside(event))
             return
         self.writer.created()
         if kind in _TERMINAL:
-            self._end(_TERMINAL[kind], event.get("response"))
+            self._end(_TERMINAL[kind], event.get("response"), beside(event))
         elif kind.startswith("response.output_item."):
-            self._item(kind, event)
+            self.items.item(kind, event)
         elif kind == "response.output_text.annotation.added":
-            self.writer.annotate(self._sink("output_text", event), event.get("annotation"))
-        elif kind == "error":
+            sink = self.items.sink("output_text", event)
+            self.writer.annotate(sink, event.get("annotation"), beside(event))
+        elif kind == "error" or (not kind and event.get("error") is not None):
             self._failure(event)
         else:
             self._other(kind, event)
@@ -99,7 +102,8 @@ class RepairedStream(BridgeStream):
         if not data.strip():
             return
         kind = name.decode("ascii", "replace")
-        if kind in (*_LIFECYCLE, *_TERMINAL, "response.output_item.done", "error", ""):
+        special = kind in (*_LIFECYCLE, *_TERMINAL, "response.output_item.done", "error")
+        if special or SPECIAL_TYPE.search(data):
             raise errors.upstream_error("The upstream sent an event that is not JSON.")
         self.writer.created()
         self.writer.passed(self.raw)
@@ -107,32 +111,36 @@ class RepairedStream(BridgeStream):
     def _other(self, kind: str, event: dict[str, Any]) -> None:
         of, _, verb = kind.rpartition(".")
         if of in _SINKS and verb in ("delta", "done"):
-            self._text(_SINKS[of], verb, event)
+            self.items.text(_SINKS[of], verb, event)
         elif of in _PARTS and isinstance(event.get("part"), dict):
-            self._part(verb, event, event["part"])
+            self.items.part(verb, event, event["part"])
         else:
             fields = {name: value for name, value in event.items() if name != "sequence_number"}
             if "item_id" in event or "output_index" in event:
-                fields |= self._place(event)
+                fields |= self.items.place(event)
             self.writer.emit(kind, {name: v for name, v in fields.items() if name != "type"})
 
     # -- the response
 
-    def _lifecycle(self, kind: str, response: Any) -> None:
+    def _lifecycle(self, kind: str, response: Any, more: Beside) -> None:
         if not isinstance(response, dict):
             raise errors.upstream_error(f"The upstream sent a {kind} event without a response.")
         writer = self.writer
         self._say(response)
         writer.response["status"] = "queued" if kind == "response.queued" else "in_progress"
-        writer.created()
-        if kind != "response.created":
-            writer.lifecycle(kind)
+        if kind == "response.created":
+            writer.created(more)
+        else:
+            writer.created()
+            writer.lifecycle(kind, more)
 
     def _say(self, response: dict[str, Any]) -> None:
         """Take what an upstream says of the response, as far as it may be said."""
         own = {"output", "usage", "status", *self.asked.own}
         if self.asked.renamed:
             own.add("model")
+        if self.writer.begun:
+            own.add("created_at")  # another one was told
         known = self.writer.response
         for name, value in response.items():
             if name in own or (value is None and known.get(name) is not None):
@@ -142,23 +150,16 @@ class RepairedStream(BridgeStream):
             complete = COMPLETE.get(name)
             known[name] = value if complete is None else complete(value)
 
-    def _end(self, outcome: Outcome, response: Any) -> None:
+    def _end(self, outcome: Outcome, response: Any, more: Beside = None) -> None:
         if not isinstance(response, dict):
             raise errors.upstream_error(f"The upstream sent a {outcome} event without a response.")
         self._say(response)
         output = response.get("output")
-        for index, item in enumerate(output if isinstance(output, list) else ()):
-            if isinstance(item, dict):
-                known = self._named(item)
-                if known is None or known.type != item.get("type"):
-                    known = self._by_index.get(index)
-                if known is None or known.type != item.get("type"):
-                    known = self._begin(item, index)
-                self._finish(known, item)
+        self.items.conclude(output if isinstance(output, list) else [])
         self._count(response.get("usage"))
-        self._settle(outcome, response)
+        self._settle(outcome, response, more)
 
-    def _settle(self, outcome: Outcome, response: dict[str, Any]) -> None:
+    def _settle(self, outcome: Outcome, response: dict[str, Any], more: Beside) -> None:
         writer = self.writer
         details = response.get("incomplete_details")
         why = details.get("reason") if isinstance(details, dict) else None
@@ -166,7 +167,7 @@ class RepairedStream(BridgeStream):
             outcome = "incomplete"
         if outcome == "failed":
             writer.response["error"] = _error(response.get("error"))
-        self.conclude(outcome, str(why or "max_output_tokens"))
+        self.conclude(outcome, str(why or "max_output_tokens"), more)
 
     def _is_cut(self) -> bool:
         """Whether an answer has all the tokens that it may have: some call that completed."""
@@ -206,167 +207,6 @@ class RepairedStream(BridgeStream):
             raise errors.upstream_error("The upstream's answer is not a response object.")
         status = document.get("status")
         self._end(_TERMINAL.get(f"response.{status}", "completed"), document)
-
-    # -- items
-
-    def _item(self, kind: str, event: dict[str, Any]) -> None:
-        item = event.get("item")
-        if not isinstance(item, dict):
-            raise errors.upstream_error(f"The upstream sent a {kind} event without an item.")
-        index = event.get("output_index")
-        known = self._named(item) or (self._by_index.get(index) if index is not None else None)
-        if known is None and kind.endswith(".done") and index is None:
-            known = next((each for each in self._open() if each.type == item.get("type")), None)
-        if known is None or known.done:
-            known = self._begin(item, index)
-        if kind.endswith(".done"):
-            self._finish(known, item)
-
-    def _named(self, item: dict[str, Any]) -> Item | None:
-        item_id = item.get("id")
-        return self._by_id.get(item_id) if isinstance(item_id, str) else None
-
-    def _open(self) -> list[Item]:
-        return [each for each in self.writer.output if not each.done]
-
-    def _begin(self, item: dict[str, Any], index: object = None) -> Item:
-        kind = str(item.get("type") or "message")
-        item_id = item.get("id")
-        more = {name: value for name, value in item.items() if name not in ("id", "type")}
-        if kind in PREFIXES:
-            for name in ("content", "summary", "arguments", "input"):
-                more.pop(name, None)
-        if kind in CALLS:
-            more.setdefault("name", "")
-            more["call_id"] = more.get("call_id") or item_id or f"call_{len(self.writer.output)}"
-        known = self.writer.add(kind, more, item_id if isinstance(item_id, str) else "")
-        if type(index) is int:
-            self._by_index[index] = known
-        self._by_id[known.id] = known
-        return known
-
-    def _finish(self, known: Item, item: dict[str, Any]) -> None:
-        """An item is whole: tell what was not told of it, and take what else is said of it."""
-        if known.done:
-            return
-        if known.type not in PREFIXES:
-            known.more = {name: value for name, value in item.items() if name != "id"}
-        elif known.type in CALLS:
-            self._fill(known.sinks[0], item.get(KINDS[known.type].member))
-        else:
-            self._finish_parts(known, item)
-        taken = ("id", "type", "status", "content", "summary", "arguments", "input")
-        if known.type in PREFIXES:
-            known.more |= {
-                n: value for n, value in item.items() if n not in taken and value is not None
-            }
-        status = item.get("status")
-        self.writer.end(known, status if status == "incomplete" else "completed")
-
-    def _finish_parts(self, known: Item, item: dict[str, Any]) -> None:
-        for name in ("summary", "content"):
-            given = item.get(name)
-            parts = (
-                [part for part in given if isinstance(part, dict)]
-                if isinstance(given, list)
-                else []
-            )
-            for index, part in enumerate(parts):
-                if part.get("type") in KINDS:
-                    sink = self._numbered(known, str(part["type"]), index)
-                    self._take(sink if sink is not None else self._begin_part(known, part), part)
-                else:
-                    known.others.append(part)
-
-    # -- parts
-
-    def _numbered(self, item: Item, kind: str, index: object) -> Sink | None:
-        """A part of an item, by the upstream's count; without one the last of its kind."""
-        number = KINDS[kind].number
-        alike = [each for each in item.sinks if each.names.number == number]
-        if type(index) is int:
-            return alike[index] if 0 <= index < len(alike) else None
-        return next((each for each in reversed(alike) if each.kind == kind and not each.done), None)
-
-    def _where(self, event: dict[str, Any], *kinds: str) -> Item | None:
-        """The item that an event is about."""
-        index, item_id = event.get("output_index"), event.get("item_id")
-        known = self._by_id.get(item_id) if isinstance(item_id, str) else None
-        if known is None and type(index) is int:
-            known = self._by_index.get(index)
-        if known is None:
-            known = next((each for each in reversed(self._open()) if each.type in kinds), None)
-        return known
-
-    def _place(self, event: dict[str, Any]) -> dict[str, Any]:
-        """Where the item of an event is, as clients are told."""
-        known = self._where(event)
-        return {} if known is None else {"item_id": known.id, "output_index": known.index}
-
-    def _sink(self, kind: str, event: dict[str, Any]) -> Sink:
-        """The part that an event is about; where there is none it begins."""
-        holder = kind if kind in CALLS else "message"
-        if kind in ("reasoning_text", "summary_text"):
-            holder = "reasoning"
-        item = self._where(event, holder)
-        if item is None or item.done or item.type != holder:
-            named = {"type": holder, "id": event.get("item_id")}
-            item = self._begin(named, event.get("output_index"))
-        if kind in CALLS:
-            return item.sinks[0]
-        sink = self._numbered(item, kind, event.get(KINDS[kind].number))
-        return self.writer.part(item, kind) if sink is None else sink
-
-    def _begin_part(self, item: Item, part: dict[str, Any]) -> Sink:
-        kind = str(part["type"])
-        taken = ("type", KINDS[kind].member)
-        more = {name: value for name, value in part.items() if name not in taken}
-        return self.writer.part(item, kind, more)
-
-    def _part(self, verb: str, event: dict[str, Any], part: dict[str, Any]) -> None:
-        kind = part.get("type")
-        if kind not in KINDS:
-            self.writer.emit(str(event.get("type")), {**event, **self._place(event)})
-            return
-        sink = self._sink(kind, event)
-        if verb == "done":
-            self._take(sink, part)
-            self.writer.end_part(sink)
-
-    def _take(self, sink: Sink, part: dict[str, Any]) -> None:
-        """A part is whole: tell what was not told of it, and take what else is said of it."""
-        self._fill(sink, part.get(sink.names.member))
-        for name, value in part.items():
-            if name == "annotations":
-                for annotation in (value or ())[len(sink.annotations) :]:
-                    self.writer.annotate(sink, annotation)
-            elif name == "logprobs":
-                sink.logprobs = value or sink.logprobs
-            elif name not in ("type", sink.names.member):
-                sink.more[name] = value
-
-    def _text(self, kind: str, verb: str, event: dict[str, Any]) -> None:
-        sink = self._sink(kind, event)
-        more = {name: value for name, value in event.items() if name not in _PLACES}
-        if verb == "delta":
-            delta = event.get("delta")
-            if isinstance(delta, str):
-                self.writer.delta(sink, delta, event.get("logprobs") or None, more)
-            return
-        self._fill(sink, event.get(sink.names.member))
-        if kind in CALLS:
-            self.writer.end_part(sink, more)
-
-    def _fill(self, sink: Sink, text: Any) -> None:
-        """Tell what no delta told: some servers send a text only once it is whole."""
-        told = sink.text
-        if (
-            isinstance(text, str)
-            and not sink.done
-            and len(text) > len(told)
-            and text.startswith(told)
-        ):
-            self.writer.delta(sink, text[len(told) :])
 
 
 def _error(given: Any) -> dict[str, str]:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 MAX_OUTPUT = 16 * 1024 * 1024  # bytes of an answer that is gathered; endless ones end there
 
 
+Beside = dict[str, Any] | None  # what an upstream's own event said besides: it stays
+
+
 class Writer:
     """One answer.
 
@@ -58,11 +61,12 @@ class Writer:
         out, self._out = self._out, []
         return out[0] if len(out) == 1 else b"".join(out)
 
-    def emit(self, kind: str, fields: dict[str, Any]) -> None:
-        """An event of its own."""
+    def emit(self, kind: str, fields: dict[str, Any], beside: Beside = None) -> None:
+        """An event."""
         if not self._events:
             return
-        data = encode({"type": kind, "sequence_number": self._sequence, **fields})
+        said = {"type": kind, "sequence_number": self._sequence}
+        data = encode({**said, **beside, **fields} if beside else {**said, **fields})
         self._sequence += 1
         # An upstream may have named it: what is no name is told by the data alone.
         name = kind if kind.isascii() and kind.isprintable() else ""
@@ -76,6 +80,11 @@ class Writer:
     # -- the response
 
     @property
+    def begun(self) -> bool:
+        """Whether anything was told of it."""
+        return self._begun
+
+    @property
     def id(self) -> str:
         """Of the response."""
         return str(self.response["id"])
@@ -87,15 +96,15 @@ class Writer:
             self.lifecycle("response.created")
             self.lifecycle("response.in_progress")
 
-    def created(self) -> None:
+    def created(self, beside: Beside = None) -> None:
         """The same, where the upstream itself says what follows."""
         if not self._begun:
             self._begun = True
-            self.lifecycle("response.created")
+            self.lifecycle("response.created", beside)
 
-    def lifecycle(self, kind: str) -> None:
+    def lifecycle(self, kind: str, beside: Beside = None) -> None:
         """An event with the whole object."""
-        self.emit(kind, {"response": self.object()})
+        self.emit(kind, {"response": self.object()}, beside)
 
     def object(self) -> dict[str, Any]:
         """The response as it stands."""
@@ -111,17 +120,20 @@ class Writer:
         """
         self.begin()
         status = str(outcome)
-        for item in list(self._open):
-            self.end(item, status)
+        if outcome != "failed":  # whose output is what was whole by then
+            for item in list(self._open):
+                self.end(item, status)
         self.response["status"] = status
         if outcome == "incomplete":
             self.response["incomplete_details"] = {"reason": why}
-        elif outcome == "completed" and self.response["completed_at"] is None:
+        if outcome != "completed":
+            self.response["completed_at"] = None
+        elif self.response["completed_at"] is None:
             self.response["completed_at"] = int(self._clock())
 
-    def terminal(self) -> None:
+    def terminal(self, beside: Beside = None) -> None:
         """The event that ends the answer."""
-        self.lifecycle(f"response.{self.response['status']}")
+        self.lifecycle(f"response.{self.response['status']}", beside)
 
     def fail(self, error: ProxyError) -> None:
         """The answer ends here with what is finished of it."""
@@ -138,8 +150,8 @@ class Writer:
 
     # -- items and their parts
 
-    def add(self, kind: str, more: dict[str, Any] | None = None, item_id: str = "") -> Item:
-        """Begin an item."""
+    def add(self, kind: str, more: Beside = None, item_id: str = "", beside: Beside = None) -> Item:
+        """Begin an item; `more`: its other members."""
         index = len(self.output)
         item_id = item_id or f"{PREFIXES.get(kind, 'item')}_{self.id.removeprefix('resp_')}_{index}"
         item = Item(kind, item_id, index, {} if more is None else more)
@@ -150,19 +162,21 @@ class Writer:
         self.emit(
             "response.output_item.added",
             {"output_index": index, "item": item.encoded(empty=True)},
+            beside,
         )
         if kind in CALLS:
             self.part(item, kind)
         return item
 
-    def part(self, item: Item, kind: str, more: dict[str, Any] | None = None) -> Sink:
-        """Begin a part of an item; the one before it ends."""
+    def part(self, item: Item, kind: str, more: Beside = None, beside: Beside = None) -> Sink:
+        """Begin a part of an item; the one before it ends. `more`: its other members."""
         if (before := item.sink) is not None:
             self.end_part(before)
         sink = Sink(kind, item.place_of(kind), {} if more is None else more)
         item.sinks.append(sink)
         if sink.names.part:
-            self.emit(f"{sink.names.part}.added", {**sink.place, "part": sink.part(empty=True)})
+            fields = {**sink.place, "part": sink.part(empty=True)}
+            self.emit(f"{sink.names.part}.added", fields, beside)
         return sink
 
     def delta(
@@ -170,7 +184,7 @@ class Writer:
         sink: Sink,
         text: str,
         logprobs: list[Any] | None = None,
-        more: dict[str, Any] | None = None,
+        beside: Beside = None,
     ) -> None:
         """Text of a part, or of a call's arguments.
 
@@ -185,7 +199,7 @@ class Writer:
             raise errors.upstream_error("The upstream's answer is too large.")
         if logprobs:
             sink.logprobs += logprobs
-        elif not more:
+        elif not beside:
             if self._events:
                 # The most frequent event by far: nothing is made for it but its bytes.
                 self._out.append(
@@ -196,15 +210,16 @@ class Writer:
         fields = {**sink.place, "delta": text}
         if sink.kind == "output_text":
             fields["logprobs"] = logprobs or []
-        self.emit(f"{sink.names.events}.delta", {**(more or {}), **fields})
+        self.emit(f"{sink.names.events}.delta", fields, beside)
 
-    def annotate(self, sink: Sink, annotation: Any) -> None:
+    def annotate(self, sink: Sink, annotation: Any, beside: Beside = None) -> None:
         """A source of what a text says."""
         place = {**sink.place, "annotation_index": len(sink.annotations)}
         sink.annotations.append(annotation)
-        self.emit("response.output_text.annotation.added", {**place, "annotation": annotation})
+        fields = {**place, "annotation": annotation}
+        self.emit("response.output_text.annotation.added", fields, beside)
 
-    def end_part(self, sink: Sink, more: dict[str, Any] | None = None) -> None:
+    def end_part(self, sink: Sink, beside: Beside = None) -> None:
         """A part is whole, or a call's arguments are; later calls do nothing."""
         if sink.done:
             return
@@ -212,11 +227,11 @@ class Writer:
         fields = {**sink.place, sink.names.member: sink.text}
         if sink.kind == "output_text":
             fields["logprobs"] = sink.logprobs
-        self.emit(f"{sink.names.events}.done", {**(more or {}), **fields})
+        self.emit(f"{sink.names.events}.done", fields, sink.beside)
         if sink.names.part:
-            self.emit(f"{sink.names.part}.done", {**sink.place, "part": sink.part()})
+            self.emit(f"{sink.names.part}.done", {**sink.place, "part": sink.part()}, beside)
 
-    def end(self, item: Item, status: str = "completed") -> None:
+    def end(self, item: Item, status: str = "completed", beside: Beside = None) -> None:
         """An item is whole, or as much of it as will come; later calls do nothing."""
         if item.done:
             return
@@ -228,7 +243,8 @@ class Writer:
         self._open.remove(item)
         if self._speaker is item:
             self._speaker = None
-        self.emit("response.output_item.done", {"output_index": item.index, "item": item.encoded()})
+        fields = {"output_index": item.index, "item": item.encoded()}
+        self.emit("response.output_item.done", fields, beside)
 
     # -- what an upstream says, in its order
 
