@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 State = Literal["closed", "open", "half-open"]
+Reason = Literal["", "failures", "credential"]  # why it opened
 
 
 class Breaker:
@@ -25,7 +26,7 @@ class Breaker:
         failures: in a row that open it.
         cooldown: seconds, the first time.
         max_cooldown: seconds at most, as it doubles.
-        told: called with each new state and the seconds until the next probe.
+        told: called with each new state, why it opened, and the seconds until the next probe.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Breaker:
         failures: int,
         cooldown: float,
         max_cooldown: float,
-        told: Callable[[State, float], None],
+        told: Callable[[State, Reason, float], None],
     ) -> None:
         self.configure(failures, cooldown, max_cooldown)
         self._told = told
@@ -57,7 +58,7 @@ class Breaker:
             return True
         if self.state == "half-open" or now < self._until:
             return False
-        self._become("half-open", 0.0)
+        self._become("half-open")
         return True
 
     def wait(self, now: float) -> float:
@@ -69,25 +70,25 @@ class Breaker:
     def succeeded(self) -> None:
         """The upstream has answered, with a success or with a refusal of its own."""
         self._row = self._times = 0
-        self._become("closed", 0.0)
+        self._become("closed")
 
     def failed(self, now: float, retry_after: float = 0.0) -> None:
         """It has not, or said that it cannot; `retry_after`: seconds, as it asks for."""
         self._row += 1
         if self.state == "half-open" or self._row >= self._failures:
-            self._open(now, retry_after)
+            self._open(now, retry_after, "failures")
 
     def refused(self, now: float) -> None:
         """It does not take our credential."""
         self._row = max(self._row + 1, self._failures)
-        self._open(now, 0.0)
+        self._open(now, 0.0, "credential")
 
     def unknown(self) -> None:
         """The request ended before anything was known: a probe leaves room for another."""
         if self.state == "half-open":
-            self._become("open", 0.0)
+            self._become("open", "failures")
 
-    def _open(self, now: float, retry_after: float) -> None:
+    def _open(self, now: float, retry_after: float, reason: Reason) -> None:
         if self.state == "open" and now < self._until:
             # Others that were under way failed, too: nothing new, but what it asks for.
             self._until = max(self._until, now + min(retry_after, self._max_cooldown))
@@ -96,9 +97,9 @@ class Breaker:
         cooldown = max(cooldown, min(retry_after, self._max_cooldown))
         self._times += 1
         self._until = now + cooldown
-        self._become("open", cooldown)
+        self._become("open", reason, cooldown)
 
-    def _become(self, state: State, seconds: float) -> None:
+    def _become(self, state: State, reason: Reason = "", seconds: float = 0.0) -> None:
         if state != self.state:
             self.state = state
-            self._told(state, seconds)
+            self._told(state, reason, seconds)

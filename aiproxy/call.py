@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from aiproxy.conversation import Conversation
     from aiproxy.dialects import Answer, Asked, Stream
     from aiproxy.dialects.responses_object import Produced
+    from aiproxy.dialects.spoken import Way
     from aiproxy.errors import Outcome, ProxyError, Shape
     from aiproxy.exchange import Endpoint, Recorder
     from aiproxy.limits import Held, Limits
@@ -52,6 +53,7 @@ class Call:
         asked, size, estimate, stream, answer: of a relayed request, as far as it came.
         conversation: its part in one.
         holding_event: whether the client has got a part of an event that is not complete.
+        told: whether it was told anything of an answer: then nothing is tried again.
     """
 
     def __init__(
@@ -90,6 +92,15 @@ class Call:
         self.answer: Answer | None = None
         self.conversation: Conversation | None = None
         self.holding_event = False
+        self.told = False
+
+    def begin_attempt(self, way: Way) -> None:
+        """Somebody is asked: from now on it is what they say that counts."""
+        self.asked = way.asked
+        self.answer = self.stream = None
+        self.exchange.upstream = way.target.upstream.name
+        self.exchange.answered = 0.0
+        self.watch.bound(way.target.upstream.timeouts.total)
 
     # -- answering
 
@@ -110,6 +121,7 @@ class Call:
         if not any(name.lower() == "content-type" for name, _ in sent):
             sent.append(("Content-Type", "application/json"))
         self.exchange.status = status
+        self.told = True
         self.reply.send(status, sent, body)
 
     def start_stream(self, received: Iterable[tuple[str, str]] = ()) -> None:

@@ -126,7 +126,8 @@ class Conversation:
         Raises:
             ProxyError: it holds nothing of what the request goes on from, and cannot be given it.
         """
-        target, spoken = way.target, way.spoken
+        asked, target, spoken = way
+        self._asked = asked
         self._upstream = target.upstream.name
         self._sent_model = target.model or self._asked.model
         self._spoken = spoken
@@ -191,13 +192,13 @@ class Conversation:
         else:
             await self._expand(envelope)
 
-    async def prepare(self, target: Target, envelope: Envelope) -> None:
+    async def prepare(self, way: Way, envelope: Envelope) -> None:
         """Make of the request what its target can take, and its answer what can be kept.
 
         Raises:
             ProxyError: as `recall`.
         """
-        asked = self._asked
+        asked = way.asked
         asked.keep = asked.store
         if self._theirs:
             await self.recall(envelope)
@@ -209,8 +210,8 @@ class Conversation:
         }
         await self.recall(envelope)
         envelope.put("store", False)
-        if asked.store and self._spoken is not None and not self._spoken.translates:
-            self._ask_for_reasoning(target, envelope)
+        if asked.store and not way.spoken.translates:
+            self._ask_for_reasoning(way.target, envelope)
 
     async def _expand(self, envelope: Envelope) -> None:
         """Put what is stored in the place of what names it."""

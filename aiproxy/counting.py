@@ -10,10 +10,11 @@ import time
 from typing import TYPE_CHECKING
 
 from aiproxy import auth, errors
+from aiproxy.attempts import send
 from aiproxy.conversation import Conversation
 from aiproxy.dialects import members_of
-from aiproxy.dialects.spoken import Way
-from aiproxy.proxy import rename
+from aiproxy.dialects.spoken import Way, rename
+from aiproxy.upstream import Ask
 
 if TYPE_CHECKING:
     from aiproxy.call import Call
@@ -44,17 +45,28 @@ class Counting:
         if dialect.api == "responses":
             conversation = call.conversation = Conversation(self._sessions, call, asked)
             await conversation.begin(envelope)
-        target = proxy.target(call, route, dialect)
-        if dialect.api not in target.upstream.apis:
-            raise errors.unknown_url("POST", f"/v1{dialect.path}")
+        target = next(
+            each
+            for each in proxy.targets(call, route, dialect)
+            if dialect.api in each.upstream.apis
+        )
         way = Way(asked, target, dialect)
+        call.begin_attempt(way)
         if conversation is not None:
             await conversation.place(way)
         await proxy.admit(call)
         if conversation is not None:
             await conversation.recall(envelope)
         rename(way, envelope)
-        with await proxy.send(call, way, envelope) as answer:
+        upstream = target.upstream.name
+        ask = Ask(
+            call.snapshot.clients[upstream],
+            proxy.standings[upstream],
+            call.exchange,
+            call.watch,
+            shape=call.shape,
+        )
+        with await send(call, way, envelope, ask) as answer:
             call.hold.release()
             if answer.media_type not in ("application/json", ""):
                 raise answer.not_an_answer("The upstream's answer is not JSON.")

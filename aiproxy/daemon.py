@@ -23,11 +23,13 @@ from aiproxy.logs import LibraryHandler, Log, standard_error
 from aiproxy.metrics import Metrics
 from aiproxy.proxy import Proxy
 from aiproxy.pulse import Pulse
+from aiproxy.recorders import Recorders
 from aiproxy.reload import Reloader
 from aiproxy.session_gate import SessionGate
 from aiproxy.sessions import StoreError
 from aiproxy.snapshot import Snapshot
 from aiproxy.sockets import Entrance
+from aiproxy.standing import Standings
 from aiproxy.status import Status
 from aiproxy.stores.level_file import state_directory
 from aiproxy.stores.memory import MemoryLimits
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from aiproxy.config import Config, Loaded
-    from aiproxy.exchange import Exchange
     from aiproxy.logs import Stream
     from aiproxy.reload import Source
 
@@ -52,21 +53,6 @@ GC_THRESHOLDS = (10_000, 20, 20)
 SENT_PERIOD = 0.02  # seconds between looks at what slow clients have not taken yet
 LAST_BYTES = 0.5  # seconds for clients that are behind to take their terminal event
 LAST_WORDS = 5.0  # seconds for what was cut to send its terminal event
-
-
-class _Recorders:
-    """Exchanges go to the metrics and to the log."""
-
-    def __init__(self, metrics: Metrics, log: Log) -> None:
-        self._metrics = metrics
-        self._log = log
-
-    def begin(self, exchange: Exchange) -> None:
-        self._metrics.begin(exchange)
-
-    def record(self, exchange: Exchange) -> None:
-        self._metrics.record(exchange)
-        self._log.record(exchange)
 
 
 class Daemon:
@@ -114,9 +100,14 @@ class Daemon:
             self._limits, state, metrics=self._metrics, log=self._log.process
         )
         self._sessions = SessionGate(config.sessions, metrics=self._metrics, log=self._log.process)
-        recorders = _Recorders(self._metrics, self._log)
+        recorders = Recorders(self._metrics, self._log)
         self._proxy = Proxy(
-            self._snapshot, self._limits, self._sessions, recorders, self._log.process
+            self._snapshot,
+            self._limits,
+            self._sessions,
+            recorders,
+            Standings(config, recorders.upstream),
+            self._log.process,
         )
         self._reloader = Reloader(
             path,

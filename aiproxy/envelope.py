@@ -69,6 +69,10 @@ class Envelope:
                 ) from None
         return cls(members, len(body))
 
+    def copy(self) -> Envelope:
+        """Another one with the same values, which can be replaced on its own."""
+        return Envelope(dict(self._members), self.size)
+
     def encode(self) -> bytes:
         """The body to send."""
         return msgspec.json.encode(self._members)

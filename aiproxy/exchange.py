@@ -52,14 +52,16 @@ class Exchange:
     model: str = ""  # as the client wrote it
     upstream: str = ""
     attempts: int = 0
-    results: list[AttemptResult] = field(default_factory=list)  # of the attempts that ended
+    # Of the attempts that ended: whom they asked, and how they ended.
+    results: list[tuple[str, AttemptResult]] = field(default_factory=list)
     status: int = 0
     outcome: Outcome | None = None
     error_code: str = ""
     limit: str = ""  # that refused it: requests, tokens, concurrent
     upstream_request_id: str = ""
     waited: float = 0.0  # for the client's body
-    asked: float = 0.0  # when the upstream request was made
+    first_asked: float = 0.0  # when the first upstream request was made
+    asked: float = 0.0  # when the last one was
     answered: float = 0.0  # when the head of a good answer came
     first_token: float = 0.0
     ended: float = 0.0
@@ -92,7 +94,7 @@ class Exchange:
     @property
     def overhead(self) -> float | None:
         """Own seconds before the upstream was asked; None if it was not."""
-        return self.asked - self.started - self.waited if self.asked else None
+        return self.first_asked - self.started - self.waited if self.asked else None
 
     @property
     def time_to_first_token(self) -> float | None:

@@ -170,8 +170,8 @@ class Metrics:
             self._per_token[route, upstream].observe(per_token)
         if exchange.limit:
             self._rejections[key, exchange.limit].inc()
-        for result in exchange.results:
-            self._attempts[upstream, result].inc()
+        for asked, result in exchange.results:
+            self._attempts[asked, result].inc()
         for load in exchange.loads:
             self._loads[(load,)].inc()
         if exchange.reasoning_left_out:
@@ -206,6 +206,11 @@ class Metrics:
         for gone in set(self._available) - known:
             self._available.metric.remove(*gone)
             del self._available[gone]
+
+    def upstream_available(self, upstream: str, *, available: bool) -> None:
+        """Requests go to an upstream, or it is left alone for a while."""
+        if (upstream,) in self._available:
+            self._available[upstream,].set(available)
 
     def store_used(self, store: str, operation: str, seconds: float) -> None:
         """An operation on a store ended."""

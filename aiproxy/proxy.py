@@ -14,19 +14,17 @@ from typing import TYPE_CHECKING
 
 from aiproxy import auth, errors, headers, routes
 from aiproxy.aside import aside
+from aiproxy.attempts import Attempts
 from aiproxy.body import Buffered, receive
 from aiproxy.call import Call
 from aiproxy.conversation import Conversation
 from aiproxy.dialects import bound_output
-from aiproxy.dialects.spoken import Way, spoken
 from aiproxy.envelope import Envelope
 from aiproxy.errors import ProxyError
 from aiproxy.exchange import Exchange
 from aiproxy.limits import ONE_REQUEST, Demand, Refusal
 from aiproxy.prompt_size import measure
 from aiproxy.recent import LARGEST, Recent
-from aiproxy.relay import Relay
-from aiproxy.upstream import Ask
 from aiproxy.watch import Interrupted
 
 if TYPE_CHECKING:
@@ -44,6 +42,7 @@ if TYPE_CHECKING:
     from aiproxy.reply import Reply
     from aiproxy.session_gate import SessionGate
     from aiproxy.snapshot import Snapshot
+    from aiproxy.standing import Standings
 
 
 class Proxy:
@@ -51,18 +50,20 @@ class Proxy:
 
     Attributes:
         snapshot: the configuration in force; a reload puts another.
+        standings: how the upstreams are doing.
         live: the requests in flight.
         draining: connections are closed after their answer.
         refusing: new requests are answered 503.
         idle: set when the last request in flight ends while draining.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - what a daemon has one of each
         self,
         snapshot: Snapshot,
         limits: LimitStore,
         sessions: SessionGate,
         recorder: Recorder,
+        standings: Standings,
         log: FilteringBoundLogger,
     ) -> None:
         self.snapshot = snapshot
@@ -72,6 +73,7 @@ class Proxy:
         self._log = log
         self._buffered = Buffered(snapshot.config.max_buffered)
         self._recent = Recent()
+        self.standings = standings
         self.live: set[Call] = set()
         self.draining = False
         self.refusing = False
@@ -82,6 +84,7 @@ class Proxy:
         self.snapshot = snapshot
         config = snapshot.config
         self._buffered.limit = config.max_buffered
+        self.standings.configure(config)
         self._recent.keep(config.keys.keys(), {route.model for route in config.routes})
 
     @property
@@ -196,25 +199,18 @@ class Proxy:
         if dialect.api == "responses":
             conversation = call.conversation = Conversation(self._sessions, call, asked)
             await conversation.begin(envelope)
-        target = self.target(call, route, dialect)
-        way = Way(asked, target, spoken(dialect, target.upstream))
-        if conversation is not None:
-            await conversation.place(way)
-        await self._check(way, route, envelope)
-        await self._admit(call, asked, route, envelope, dialect)
-        rename(way, envelope)
-        if asked.stream:
-            call.stream = way.spoken.stream(asked)
-            call.watch.heartbeat(call.snapshot.config.streams.keepalive, call.beat)
-        if conversation is not None:
-            await conversation.prepare(target, envelope)
-        ask = await self._ask(call, way, envelope)
+        attempts = Attempts(
+            call,
+            route,
+            dialect,
+            asked,
+            envelope,
+            self.targets(call, route, dialect),
+            self.standings,
+        )
+        await self._admit(call, await attempts.place(), route, envelope, dialect)
         del envelope  # a stream may last for hours; its request's body need not
-        with ask as answer:
-            call.hold.release(0 if conversation is None else conversation.holding)
-            if asked.stream:
-                return await self._relay_stream(call, answer, target.upstream.timeouts.idle)
-            return await self._relay_json(call, answer, way)
+        return await attempts.run()
 
     async def receive(self, call: Call) -> tuple[Envelope, Size]:
         """The body, and how much of it reaches a model."""
@@ -240,14 +236,27 @@ class Proxy:
             call.limits = self._limits.of(key.name, route.model)
         return route
 
-    def target(self, call: Call, route: Route, dialect: Dialect) -> Target:
-        """Who is asked."""
-        conversation = call.conversation
-        prefer = None if conversation is None else conversation.prefers
-        target = routes.targets(route, dialect.api, prefer)[0]
-        call.watch.bound(target.upstream.timeouts.total)
-        call.exchange.upstream = target.upstream.name
-        return target
+    def targets(self, call: Call, route: Route, dialect: Dialect) -> list[Target]:
+        """Who is asked, in the order of trying.
+
+        Raises:
+            ProxyError: nobody speaks what is asked for, or takes requests now.
+        """
+        conversation, now = call.conversation, time.monotonic()
+
+        def wait(target: Target) -> float:
+            return self.standings[target.upstream.name].wait(now)
+
+        found = routes.targets(
+            route,
+            dialect.api,
+            call.snapshot.router.balance,
+            lambda target: wait(target) == 0.0,
+            None if conversation is None else conversation.prefers,
+        )
+        if not found:
+            raise errors.upstream_unavailable(min(map(wait, route.targets)))
+        return found
 
     async def _admit(
         self, call: Call, asked: Asked, route: Route, envelope: Envelope, dialect: Dialect
@@ -295,78 +304,6 @@ class Proxy:
             raise errors.input_too_large(held.message)
         else:
             raise errors.rate_limit_exceeded(held.kind, held.message, held.wait)
-
-    @staticmethod
-    async def _check(way: Way, route: Route, envelope: Envelope) -> None:
-        """Refuse what the target cannot be asked for; nothing is taken for it."""
-        asked, target, spoken = way
-        work = partial(spoken.check, envelope, asked, route, target.upstream)
-        await aside(work, envelope.size if spoken.translates else 0)
-
-    async def _ask(self, call: Call, way: Way, envelope: Envelope) -> Ask:
-        """Send the request; once more where it was refused for what we have added."""
-        try:
-            return await self.send(call, way, envelope)
-        except ProxyError as error:
-            conversation = call.conversation
-            if conversation is None or not conversation.asks_again(error, envelope):
-                raise
-        ask = await self.send(call, way, envelope)
-        conversation.refused_for_reasoning()
-        return ask
-
-    async def send(self, call: Call, way: Way, envelope: Envelope) -> Ask:
-        """Send the request to its target."""
-        asked, target, spoken = way
-        client = call.snapshot.clients[target.upstream.name]
-        recalled = 0 if call.conversation is None else call.conversation.recalled
-        body = await aside(
-            partial(spoken.encode, envelope, asked, target.upstream),
-            envelope.size + recalled if spoken.translates else 0,
-        )
-        beta = call.request.query.get("beta") if call.shape == "anthropic" else None
-        head = client.request_head(
-            spoken.api,
-            client.target(spoken.path, () if beta is None else (("beta", beta),)),
-            call.request.headers.items(),
-            request_id=call.exchange.request_id,
-            size=len(body),
-        )
-        ask = Ask(client, call.exchange, call.watch, shape=call.shape)
-        return await ask.send(head, body)
-
-    async def _relay_json(self, call: Call, answer: Ask, way: Way) -> Outcome:
-        if answer.media_type not in ("application/json", ""):
-            raise answer.not_an_answer("The upstream's answer is not JSON.")
-        call.exchange.answered = time.monotonic()
-        body = await answer.read()
-        call.answer = await aside(partial(way.spoken.answer, body, way.asked), len(body))
-        if call.answer.produced is not None:
-            await call.keep(call.answer.produced)
-        call.send_json(200, call.answer.body, answer.passed_on())
-        if call.reply.blocked:
-            call.await_client()
-            await call.reply.drain()
-        return call.answer.outcome
-
-    async def _relay_stream(self, call: Call, answer: Ask, idle: float) -> Outcome:
-        stream = call.stream
-        if stream is None or answer.media_type != "text/event-stream":
-            raise answer.not_an_answer("The upstream's answer is not a stream of events.")
-        call.exchange.answered = time.monotonic()
-        if not call.reply.started:
-            call.start_stream(answer.passed_on())
-        await Relay(call, stream).run(answer, idle)
-        call.reply.end()
-        return stream.outcome
-
-
-def rename(way: Way, envelope: Envelope) -> None:
-    """Ask for the model by the name that the target knows."""
-    model = way.target.model
-    if model is not None and model != way.asked.model:
-        envelope.put("model", model)
-        way.asked.renamed = True
 
 
 def shape_of(path: str) -> Shape:

@@ -16,12 +16,16 @@ from aiproxy.errors import ProxyError
 from aiproxy.sse import Splitter
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiproxy.call import Call
     from aiproxy.dialects import Stream
     from aiproxy.dialects.responses_object import Produced
     from aiproxy.upstream import Ask
 
 SOON = 0.001  # seconds: a limit of 0 would be none
+HOLD = 1.0  # seconds that lifecycle events wait, while another attempt may follow
+MOST_HELD = 64 * 1024  # bytes of them
 PATIENCE = 5.0  # seconds for the usage of an answer that is whole but for it
 TAIL = 1.0  # seconds for an upstream to end the body after its terminal event
 
@@ -29,22 +33,63 @@ TAIL = 1.0  # seconds for an upstream to end the body after its terminal event
 class Relay:
     """One stream on its way to its client."""
 
-    def __init__(self, call: Call, stream: Stream) -> None:
+    def __init__(
+        self,
+        call: Call,
+        stream: Stream,
+        answer: Ask,
+        idle: float,
+        settle: Callable[[], None] | None,
+    ) -> None:
+        """`settle`: given while another attempt may follow; called once none can."""
         self._call = call
         self._stream = stream
+        self._answer = answer
         self._splitter = Splitter()
-        self._idle = 0.0
+        self._idle = idle
         self._patience = 0.0  # until when the usage is waited for
+        self._settle = settle
+        self._held: list[
+            bytes
+        ] = []  # lifecycle events, while the upstream may still say that it failed
+        self._held_size = 0
 
-    async def run(self, answer: Ask, idle: float) -> None:
+    async def run(self) -> None:
         """Relay to the end of the upstream's body; the client's body is left open.
 
         Raises:
             ProxyError: the stream broke off before it was whole.
             ConnectionError: the client has left.
         """
-        call, stream = self._call, self._stream
-        self._idle = idle
+        if self._settle is None:
+            await self._relay()
+            return
+        timer = asyncio.get_running_loop().call_later(HOLD, self.release)
+        try:
+            await self._relay()
+        except asyncio.CancelledError:
+            self.release()
+            raise
+        finally:
+            timer.cancel()
+
+    def release(self) -> None:
+        """No other attempt follows: what was held goes to the client."""
+        if self._settle is None:
+            return
+        settle, self._settle = self._settle, None
+        settle()
+        try:
+            if not self._call.reply.started:
+                self._call.start_stream(self._answer.passed_on())
+            if self._held:
+                self._write(b"".join(self._held))
+        except ConnectionError:
+            pass  # the client has left: whoever writes next is told
+        self._held = []
+
+    async def _relay(self) -> None:
+        call, stream, answer, idle = self._call, self._stream, self._answer, self._idle
         watch = call.watch
         loop = asyncio.get_running_loop()
         ends: float | None = None  # when the upstream must have ended, after its terminal event
@@ -61,7 +106,11 @@ class Relay:
                 watch.touch()
             waited = await self._pass(chunk)
             if stream.error is not None:
-                raise stream.error
+                raise self._failure(stream.error)
+            if self._settle is not None and stream.over:
+                if stream.outcome == "failed":
+                    raise errors.declared_failure("The upstream's answer has failed.")
+                self.release()
             if ends is None and stream.over:
                 ends = loop.time() + TAIL
                 watch.enter("tail", TAIL)
@@ -104,6 +153,13 @@ class Relay:
 
     def _write(self, data: bytes) -> None:
         call = self._call
+        if self._settle is not None:
+            self._held.append(data)
+            self._held_size += len(data)
+            if self._stream.begun or self._held_size > MOST_HELD:
+                self.release()
+            return
+        call.told = True
         call.reply.write(data)
         call.watch.sent()
         if self._stream.output_started and not call.exchange.first_token:
@@ -132,4 +188,9 @@ class Relay:
         if data := b"".join(out):
             self._write(data)
         if not stream.whole:
-            raise stream.error or stream.cut() or error
+            raise self._failure(stream.error or stream.cut() or error)
+
+    def _failure(self, error: ProxyError) -> ProxyError:
+        """An error; whether the upstream itself declared it before any output."""
+        error.declared = self._settle is not None and error.outcome == "failed"
+        return error

@@ -45,7 +45,11 @@ class _Names:
 
 
 class Router:
-    """All routes of one configuration."""
+    """All routes of one configuration.
+
+    Attributes:
+        balance: whose turn it is among their targets.
+    """
 
     def __init__(self, routes: Sequence[Route], keys: Iterable[Key]) -> None:
         self._exact: dict[str, tuple[int, Route]] = {}
@@ -59,6 +63,7 @@ class Router:
                 self._exact.setdefault(route.model, (position, route))
                 self._listed.append((route.model, route))
         self._globs = tuple(globs)
+        self.balance = Balance()
         self._allowed = {key.name: _Names(key.models) for key in keys if key.models is not None}
 
     def choose(self, model: str, key: Key) -> Route:

@@ -13,10 +13,10 @@ from aiproxy.breaker import Breaker
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiproxy.breaker import State
+    from aiproxy.breaker import Reason, State
     from aiproxy.config import Config, Upstream
 
-    Told = Callable[[str, State, float], None]
+    Told = Callable[[str, State, Reason, float], None]
 
 FULL = 1.0  # seconds after which an upstream that is full may be worth another try
 
@@ -62,7 +62,7 @@ class Standings:
     """Of all upstreams of a daemon.
 
     Args:
-        told: called when a breaker changes: upstream, state, seconds until the next probe.
+        told: called when a breaker changes: upstream, state, why, seconds until the next probe.
     """
 
     def __init__(self, config: Config, told: Told) -> None:
@@ -92,7 +92,7 @@ class Standings:
             bounds.failures,
             bounds.cooldown,
             bounds.max_cooldown,
-            lambda state, seconds: told(name, state, seconds),
+            lambda state, reason, seconds: told(name, state, reason, seconds),
         )
         upstream: Upstream = config.upstreams[name]
         return Standing(breaker, upstream.max_concurrent)

@@ -121,6 +121,7 @@ class Status:
                     "origin": client.origin,
                     "apis": sorted(client.upstream.apis),
                     "in_flight": in_flight[name],
+                    "state": self._proxy.standings[name].breaker.state,
                     "connections": connections,
                     "unused_connections": unused,
                 }

@@ -124,7 +124,10 @@ class Stored:
             size=0,
             method=method,
         )
-        with await Ask(client, exchange, call.watch, shape="openai").send(asked, b"") as answer:
+        ask = Ask(
+            client, self._proxy.standings[head.upstream], exchange, call.watch, shape="openai"
+        )
+        with await ask.send(asked, b"") as answer:
             if answer.media_type not in ("application/json", ""):
                 raise answer.not_an_answer("The upstream's answer is not JSON.")
             body = await answer.read()

@@ -148,6 +148,8 @@ class Ask:
     unless the answer was read to its end: an upstream must not go on generating for nobody.
 
     Attributes:
+        result: how the attempt failed, if it did.
+        sent: whether there was an attempt at all: none is made at an upstream that takes none.
         acted: whether the upstream may have done what it was asked for.
         retry_after: seconds that it asks to be left alone, where it refused.
     """
@@ -159,13 +161,13 @@ class Ask:
         self.retry_after = 0.0
         self._client = client
         self._standing = standing
-        self._entered = False
+        self._entered = self.sent = False
         self._exchange = exchange
         self._watch = watch
         self._shape = shape
         self._connection: Connection | None = None
         self._answer: Head | None = None
-        self._result: AttemptResult | None = None
+        self.result: AttemptResult | None = None
         self._decoder: Decoder | None = None
         self._head = b""
         self._body = b""
@@ -180,7 +182,7 @@ class Ask:
         if not self._standing.enter(now):
             self.acted = False
             raise errors.upstream_unavailable(self._standing.wait(now))
-        self._entered = True
+        self._entered = self.sent = True
         self._head, self._body = head, body
         try:
             await self._ask()
@@ -192,6 +194,7 @@ class Ask:
     async def _ask(self) -> None:
         exchange, watch, timeouts = self._exchange, self._watch, self._client.timeouts
         exchange.asked = time.monotonic()
+        exchange.first_asked = exchange.first_asked or exchange.asked
         exchange.attempts += 1
         watch.enter("connect", timeouts.connect)
         try:
@@ -239,14 +242,17 @@ class Ask:
         if isinstance(error, asyncio.CancelledError):
             reason = self._watch.missed
             if reason == "connect":
-                self._result = "connect"
+                self.result = "connect"
             elif reason in ("first_byte", "idle", "total"):
-                self._result = "timeout"
-        elif isinstance(error, ProxyError) and self._result is None:
-            if error.outcome == "upstream_error":
-                self._result = "protocol"  # what came is no answer
-        if self._result is not None or self._answer is not None:
-            self._exchange.results.append(self._result or "ok")
+                self.result = "timeout"
+        elif (
+            isinstance(error, ProxyError)
+            and self.result is None
+            and error.outcome == "upstream_error"
+        ):
+            self.result = "protocol"  # what came is no answer
+        if self.result is not None or self._answer is not None:
+            self._exchange.results.append((self._client.upstream.name, self.result or "ok"))
         self._leave()
         connection, self._connection = self._connection, None
         if connection is None:
@@ -263,12 +269,12 @@ class Ask:
         self._entered = False
         self._standing.leave()
         breaker, now = self._standing.breaker, time.monotonic()
-        self.acted = self.acted and self._result != "connect"
+        self.acted = self.acted and self.result != "connect"
         if self._answer is not None and self._answer.status in _NO_CREDENTIAL:
             breaker.refused(now)
-        elif self._result == "status_4xx":
+        elif self.result == "status_4xx":
             breaker.succeeded()
-        elif self._result is not None:
+        elif self.result is not None:
             breaker.failed(now, self.retry_after)
         elif self._answer is None:
             breaker.unknown()
@@ -329,24 +335,24 @@ class Ask:
             self._watch.touch()
             size += len(chunk)
             if size > limit:
-                self._result = "protocol"
+                self.result = "protocol"
                 raise errors.upstream_error("The upstream's answer is too large.")
             chunks.append(chunk)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def _failed(self, failure: Failure) -> ProxyError:
-        self._result = failure.result
+        self.result = failure.result
         return errors.upstream_error(failure.message)
 
     def not_an_answer(self, what: str) -> ProxyError:
         """The answer is not what was asked for."""
-        self._result = "protocol"
+        self.result = "protocol"
         return errors.upstream_error(what)
 
     async def _refuse(self, answer: Head) -> NoReturn:
         """Raise what the client is told of an answer that is no success."""
         status = answer.status
-        self._result = (
+        self.result = (
             "status_429" if status == 429  # noqa: PLR2004 - HTTP's own numbers are their names
             else "status_5xx" if status >= 500  # noqa: PLR2004 - as above
             else "status_4xx" if status >= 400  # noqa: PLR2004 - as above
@@ -362,12 +368,12 @@ class Ask:
             raise errors.upstream_overloaded(_seconds(answer.get("retry-after-ms")), kept)
         if status not in _PASSED_ON:
             raise errors.upstream_error(f"The upstream answered with status {status}.")
-        result = self._result
+        result = self.result
         try:
             async with asyncio.timeout(REFUSAL):
                 body = await self.read(MAX_REFUSAL)
         except (errors.ProxyError, TimeoutError):
-            self._result = result
+            self.result = result
             body = b""
         raise passed_on(status, body, back, self._shape)
 

@@ -88,6 +88,9 @@ def base_config(upstream_url: str) -> dict[str, Any]:
             "team-a": {"sha256": key_hash(TEAM_A), "limits": AMPLE},
             "team-b": {"sha256": key_hash(TEAM_B)},
         },
+        # One attempt each, and nobody is left alone: the tests of these say otherwise.
+        "retries": 0,
+        "breaker": {"failures": 1_000_000},
         "drain": {"delay": "0s", "timeout": "5s"},
         "log": {"level": "debug", "format": "json"},
     }

@@ -17,7 +17,7 @@ FAILURES, COOLDOWN, MOST = 3, 5.0, 60.0
 def breaker(told: list[tuple[str, float]] | None = None) -> Breaker:
     """Return one that notes its transitions."""
     noted: list[tuple[str, float]] = [] if told is None else told
-    return Breaker(FAILURES, COOLDOWN, MOST, lambda state, left: noted.append((state, left)))
+    return Breaker(FAILURES, COOLDOWN, MOST, lambda state, _, left: noted.append((state, left)))
 
 
 def play(made: Breaker, steps: Sequence[tuple[Any, ...]]) -> list[object]:
@@ -127,7 +127,7 @@ def test_never_two_probes(steps: list[tuple[str, float]]) -> None:
 
 def test_a_full_upstream_and_reloads() -> None:
     """`max_concurrent` bounds what is under way; a reload changes bounds, and forgets nothing."""
-    told: list[tuple[str, str, float]] = []
+    told: list[tuple[Any, ...]] = []
 
     def config(**changes: Any) -> Any:
         text = config_text("http://127.0.0.1:1/v1", upstreams={"scripted": changes})
@@ -143,6 +143,6 @@ def test_a_full_upstream_and_reloads() -> None:
     standing.leave()
     assert standing.enter(0.0)
     standing.breaker.refused(0.0)
-    assert told == [("scripted", "open", 5.0)]
+    assert told == [("scripted", "open", "credential", 5.0)]
     standings.configure(config(url="http://127.0.0.1:2/v1"))
     assert standings["scripted"].breaker.state == "closed"

@@ -20,16 +20,9 @@ if TYPE_CHECKING:
 
 NOT_YET: Mapping[str, str | int | bool | list[str] | None] = {
     "upstreams.*.propagate_trace": False,
-    "routes.*.retry_unsafe": False,
     "routes.*.account_objects": "allow",
-    "routes.*.upstreams.*.weight": 1,
-    "routes.*.upstreams.*.tier": 1,
     "limiter.store": "memory:",
     "limiter.on_error": "degrade",
-    "retries": 2,
-    "breaker.failures": 5,
-    "breaker.cooldown": "5s",
-    "breaker.max_cooldown": "5min",
     "streams.on_disconnect": "cancel",
     "tracing": None,
 }

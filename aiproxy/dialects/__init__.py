@@ -114,6 +114,13 @@ class Dialect(ABC):
             ProxyError: `unsupported_parameter` with what it is.
         """
 
+    def adapt(self, envelope: Envelope, asked: Asked, route: Route) -> None:  # noqa: B027 - as above
+        """Make of a request what can be asked of an upstream, as `check` has found it.
+
+        Raises:
+            ProxyError: as `check`.
+        """
+
     def encode(self, envelope: Envelope, asked: Asked, upstream: Upstream) -> bytes:  # noqa: ARG002 - what a bridge needs
         """The body to send.
 
@@ -143,6 +150,7 @@ class Stream(ABC):
         whole: what came so far is a complete answer, whether or not more follows.
         owes: a complete answer came, whose terminal event waits for the usage: see `close`.
         outcome: how the answer counts, once `whole`.
+        begun: an event came that is not of the lifecycle: from then on it is the answer.
         output_started: an event with output (text, reasoning, arguments) passed.
         usage: of the answer, once it came.
         reason: why there is no usage.
@@ -162,6 +170,11 @@ class Stream(ABC):
         self.reason: Reason | None = "missing"
         self.error: ProxyError | None = None
         self.produced: Produced | None = None
+
+    @property
+    def begun(self) -> bool:
+        """See the class; where an API has no such events every one counts."""
+        return True
 
     @abstractmethod
     def feed(self, raw: bytes) -> bytes:

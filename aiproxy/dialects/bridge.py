@@ -34,13 +34,17 @@ class Bridge(Dialect):
         raise NotImplementedError
 
     def check(self, envelope: Envelope, asked: Asked, route: Route, upstream: Upstream) -> None:
+        """See `Dialect`."""
+        self.adapt(envelope, asked, route)
+        self._translated(envelope, upstream, recalled=False)
+
+    def adapt(self, envelope: Envelope, asked: Asked, route: Route) -> None:
         """See `Dialect`. Tools that are to be left out are out of the envelope afterwards."""
         asked.envelope = envelope  # for what a response repeats of it, also a JSON one
         asked.dropped, asked.custom = sort_tools(
             envelope, self.api, drop=route.unsupported_tools == "drop"
         )
         self.bound(envelope, asked, route)
-        self._translated(envelope, upstream, recalled=False)
 
     def bound(self, envelope: Envelope, asked: Asked, route: Route) -> None:
         """Declare an output maximum where the upstream wants one."""
@@ -133,6 +137,11 @@ class BridgeStream(Stream):
             self._writer = Writer(self.asked, events=self.events)
             self.asked.envelope = None  # the writer repeats it: it need not stay in memory
         return self._writer
+
+    @property
+    def begun(self) -> bool:
+        """See `Stream`."""
+        return self._writer is not None and bool(self._writer.output)
 
     def feed(self, raw: bytes) -> bytes:
         """See `Stream`."""

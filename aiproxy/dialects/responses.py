@@ -146,6 +146,7 @@ class ResponsesStream(NativeStream):
     def __init__(self, asked: Asked) -> None:
         super().__init__(asked, _DELTA)
         self._events = 0
+        self._begun = False
         self._last = b""  # the last event that went to the client
         self._base: Raw | None = None  # the latest response object
         self._gathered = Output()
@@ -203,9 +204,15 @@ class ResponsesStream(NativeStream):
         if not self.output_started and _OUTPUT.search(data):
             self.output_started = True
 
-    def _passed(self, raw: bytes) -> None:
+    @property
+    def begun(self) -> bool:
+        """See `Stream`."""
+        return self._begun
+
+    def _passed(self, raw: bytes, *, begins: bool = True) -> None:
         self._events += 1
         self._last = raw
+        self._begun = self._begun or begins
 
     def _look(self, raw: bytes) -> bytes:
         name, data = sse.parse(raw)
@@ -231,7 +238,7 @@ class ResponsesStream(NativeStream):
             self._declared = errors.upstream_error(_message(event), outcome="failed")
         else:
             self._output(data)
-        self._passed(raw)
+        self._passed(raw, begins=kind != _ERROR)
         return raw
 
     def _lifecycle(self, raw: bytes, data: bytes, kind: str, event: dict[str, Raw]) -> bytes:
@@ -245,7 +252,7 @@ class ResponsesStream(NativeStream):
         if ours is not theirs:
             raw = sse.with_data(raw, data, with_response(data, event, ours))
         if kind not in _TERMINAL:
-            self._passed(raw)
+            self._passed(raw, begins=False)
             return raw
         self.outcome = _TERMINAL[kind]
         self.usage, self.reason = _usage(response)
@@ -260,7 +267,7 @@ class ResponsesStream(NativeStream):
         return raw
 
     def _end(self, raw: bytes) -> None:
-        self._passed(raw)
+        self._passed(raw, begins=False)
         self.over = self.whole = True
 
     def end(self) -> bytes:

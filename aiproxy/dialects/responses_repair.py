@@ -18,7 +18,7 @@ from aiproxy.dialects.responses_object import COMPLETE
 from aiproxy.dialects.responses_parts import KINDS
 
 if TYPE_CHECKING:
-    from aiproxy.config import Route, Upstream
+    from aiproxy.config import Route
     from aiproxy.dialects import Answer, Asked
     from aiproxy.dialects.responses_writer import Beside
     from aiproxy.envelope import Envelope
@@ -38,7 +38,7 @@ _CODES = frozenset({"server_error", "rate_limit_exceeded", "invalid_prompt"})
 class RepairedResponses(Responses):
     """See `Responses`; what comes back is completed."""
 
-    def check(self, envelope: Envelope, asked: Asked, route: Route, upstream: Upstream) -> None:  # noqa: ARG002 - the protocol's shape
+    def adapt(self, envelope: Envelope, asked: Asked, route: Route) -> None:  # noqa: ARG002 - the protocol's shape
         """See `Dialect`."""
         asked.envelope = envelope  # for what a response repeats of it, also a JSON one
 

@@ -11,6 +11,7 @@ from aiproxy.dialects.responses_repair import RepairedResponses
 if TYPE_CHECKING:
     from aiproxy.config import Target, Upstream
     from aiproxy.dialects import Asked, Dialect
+    from aiproxy.envelope import Envelope
 
 
 class Way(NamedTuple):
@@ -37,3 +38,11 @@ def spoken(asked: Dialect, upstream: Upstream) -> Dialect:
     if "responses" in upstream.apis:
         return _REPAIRED if upstream.normalize else asked
     return _CHAT if "chat" in upstream.apis else _MESSAGES
+
+
+def rename(way: Way, envelope: Envelope) -> None:
+    """Ask for the model by the name that the target knows."""
+    model = way.target.model
+    if model is not None and model != way.asked.model:
+        envelope.put("model", model)
+        way.asked.renamed = True

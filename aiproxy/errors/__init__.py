@@ -248,6 +248,13 @@ def upstream_error(message: str, outcome: Outcome = "upstream_error") -> ProxyEr
     return ProxyError(502, SERVER, "upstream_error", message, outcome=outcome)
 
 
+def declared_failure(message: str) -> ProxyError:
+    """The upstream itself says, before any output, that it has failed."""
+    error = upstream_error(message, outcome="failed")
+    error.declared = True
+    return error
+
+
 def upstream_credential() -> ProxyError:
     """The upstream refused our credential: the client's own key is good, retrying is futile."""
     return ProxyError(
@@ -286,14 +293,19 @@ def upstream_unavailable(wait: float) -> ProxyError:
     )
 
 
-def upstream_timeout(what: str) -> ProxyError:
-    """No answer in time. The upstream may have acted, so the SDKs are told not to try again."""
+def upstream_timeout(what: str, *, again: bool = False) -> ProxyError:
+    """No answer in time. The upstream may have acted, so the SDKs are told not to try again.
+
+    Args:
+        what: was waited for.
+        again: the route allows to try again all the same.
+    """
     return ProxyError(
         504,
         SERVER,
         "upstream_timeout",
         f"The upstream did not answer in time ({what}).",
-        headers=(("x-should-retry", "false"),),
+        headers=() if again else (("x-should-retry", "false"),),
         outcome="upstream_timeout",
     )
 

@@ -82,6 +82,7 @@ class ProxyError(Exception):
         self.outcome = outcome
         self.close = close
         self.body = body
+        self.declared = False  # by the upstream, before any output: another may be asked
 
     def __repr__(self) -> str:
         return f"<ProxyError {self.status} {self.code} {self.message!r}>"

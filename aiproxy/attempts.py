@@ -1,0 +1,300 @@
+"""The attempts of one request: who is asked, and what is tried again after a failure.
+
+One loop for streams and JSON answers. Another target, or the same one again, is tried only while
+the client was told nothing of an answer, and a request goes to a second upstream only where the
+first cannot have acted on it: it could not be connected to, or said that it is overloaded (429,
+503, 529). A failure that an upstream declares before any output counts as such, too. A route may
+allow more (`retry_unsafe`): then also after a reset or a silence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from aiproxy import errors
+from aiproxy.aside import aside
+from aiproxy.dialects.spoken import Way, rename, spoken
+from aiproxy.errors import ProxyError
+from aiproxy.relay import Relay
+from aiproxy.upstream import Ask
+from aiproxy.watch import Late
+
+if TYPE_CHECKING:
+    from aiproxy.call import Call
+    from aiproxy.config import Route, Target
+    from aiproxy.dialects import Answer, Asked, Dialect
+    from aiproxy.envelope import Envelope
+    from aiproxy.errors import Outcome
+    from aiproxy.standing import Standings
+
+BACKOFF, MOST_BACKOFF = 0.1, 2.0  # seconds; doubled each time, and drawn from 0 on (full jitter)
+MOST_WAIT = 5.0  # seconds that an upstream may ask to be waited for
+_UNSAFE = frozenset({"reset", "timeout"})  # results after which an upstream may have acted
+
+
+class _Again(Exception):  # noqa: N818 - it is an event: the loop goes on
+    """An attempt failed in a way that another one may follow."""
+
+    def __init__(self, error: ProxyError, *, sent: bool, retry_after: float) -> None:
+        super().__init__(error)
+        self.error = error
+        self.sent = sent
+        self.retry_after = retry_after
+
+
+class Attempts:
+    """Of one request.
+
+    Args:
+        call: the request.
+        route: of its model.
+        dialect: the client's.
+        asked: what it asks for; each attempt has a copy of its own.
+        envelope: its body; each attempt has a copy of its own.
+        targets: of the route, in the order of trying.
+        standings: how the upstreams are doing.
+    """
+
+    def __init__(  # noqa: PLR0917 - a request has no fewer sides
+        self,
+        call: Call,
+        route: Route,
+        dialect: Dialect,
+        asked: Asked,
+        envelope: Envelope,
+        targets: list[Target],
+        standings: Standings,
+    ) -> None:
+        self._call = call
+        self._route = route
+        self._dialect = dialect
+        self._asked = asked
+        self._envelope: Envelope | None = envelope
+        self._targets = targets
+        self._standings = standings
+        self._left = call.snapshot.config.retries
+        self._rounds = 0
+        self._relay: Relay | None = None
+
+    async def place(self) -> Asked:
+        """Find the first target that can be asked for this; what it would be asked for.
+
+        Raises:
+            ProxyError: none can; why the first cannot.
+        """
+        first: ProxyError | None = None
+        for position, target in enumerate(self._targets):
+            way = self._way(target)
+            try:
+                if self._call.conversation is not None:
+                    await self._call.conversation.place(way)
+                envelope = self._body().copy()
+                work = partial(way.spoken.check, envelope, way.asked, self._route, target.upstream)
+                await aside(work, envelope.size if way.spoken.translates else 0)
+            except ProxyError as error:
+                first = first or error
+                continue
+            self._targets = self._targets[position:]
+            self._call.exchange.upstream = target.upstream.name
+            return way.asked
+        raise first or errors.upstream_unavailable(0.0)
+
+    async def run(self) -> Outcome:
+        """Ask, and relay what comes; the outcome."""
+        position = 0
+        while True:
+            try:
+                return await self._attempt(self._targets[position])
+            except _Again as again:
+                self._left -= again.sent
+                following = self._following(position, again)
+                if following is None:
+                    raise again.error from None
+                position, wait = following
+            if wait:
+                self._call.watch.enter("none", 0)
+                await asyncio.sleep(wait)
+
+    def _following(self, position: int, again: _Again) -> tuple[int, float] | None:
+        """Who is tried next, and after how many seconds; None: nobody."""
+        if self._left < 0:
+            return None
+        now = time.monotonic()
+        waits = [self._standings[each.upstream.name].wait(now) for each in self._targets]
+        for ahead in range(position + 1, len(self._targets)):
+            if waits[ahead] == 0.0:
+                return ahead, 0.0
+        # All were tried: once more from the first on, after a while.
+        ready = [at for at in range(len(self._targets)) if waits[at] <= MOST_WAIT]
+        if not ready or (len(self._targets) == 1 and again.retry_after > MOST_WAIT):
+            return None
+        best = min(ready, key=lambda at: waits[at])
+        if best == position and not again.sent:
+            return None  # it is full, and will be
+        most = min(MOST_BACKOFF, BACKOFF * 2.0**self._rounds)
+        self._rounds += 1
+        wait = random.uniform(0.0, most)  # noqa: S311 - so that clients do not come together again
+        if best == position:
+            wait = max(wait, again.retry_after)
+        return best, max(wait, waits[best])
+
+    # -- one attempt
+
+    def _body(self) -> Envelope:
+        if self._envelope is None:
+            raise RuntimeError("nothing can be tried again any more")
+        return self._envelope
+
+    def _way(self, target: Target) -> Way:
+        asked = replace(self._asked, own={}, dropped=[])
+        return Way(asked, target, spoken(self._dialect, target.upstream))
+
+    async def _attempt(self, target: Target) -> Outcome:
+        call = self._call
+        way = self._way(target)
+        call.begin_attempt(way)
+        ask: Ask | None = None
+        self._relay = None
+        try:
+            envelope = await self._prepared(way)
+            ask = self._ask(way)
+            ask = await self._send(way, envelope, ask)
+            del envelope  # a stream may last for hours; its request's body need not
+            with ask as answer:
+                if not self._more:
+                    self._settle()
+                if way.asked.stream:
+                    return await self._relay_stream(answer, way)
+                return await self._relay_json(answer, way)
+        except Late as late:
+            failed = self._judged(self._late(late), ask)
+        except ProxyError as error:
+            failed = self._judged(error, ask)
+        if not isinstance(failed, _Again):
+            self._release()
+        raise failed
+
+    def _release(self) -> None:
+        """What was held of a stream stands: its end is told after it."""
+        if self._relay is not None:
+            self._relay.release()
+
+    async def _prepared(self, way: Way) -> Envelope:
+        """The body for this target."""
+        call, envelope = self._call, self._body().copy()
+        if call.conversation is not None:
+            await call.conversation.place(way)
+        way.spoken.adapt(envelope, way.asked, self._route)
+        rename(way, envelope)
+        if way.asked.stream:
+            call.stream = way.spoken.stream(way.asked)
+            call.watch.heartbeat(call.snapshot.config.streams.keepalive, call.beat)
+        if call.conversation is not None:
+            await call.conversation.prepare(way, envelope)
+        return envelope
+
+    def _ask(self, way: Way) -> Ask:
+        call, name = self._call, way.target.upstream.name
+        client, standing = call.snapshot.clients[name], self._standings[name]
+        return Ask(client, standing, call.exchange, call.watch, shape=call.shape)
+
+    async def _send(self, way: Way, envelope: Envelope, ask: Ask) -> Ask:
+        """Send the request; once more where it was refused for what we have added."""
+        call = self._call
+        try:
+            return await send(call, way, envelope, ask)
+        except ProxyError as error:
+            conversation = call.conversation
+            if conversation is None or not conversation.asks_again(error, envelope):
+                raise
+        ask = await send(call, way, envelope, self._ask(way))
+        conversation.refused_for_reasoning()
+        return ask
+
+    def _late(self, late: Late) -> ProxyError:
+        if late.phase == "connect":
+            return errors.upstream_error("The upstream could not be connected to in time.")
+        return errors.upstream_timeout(late.phase, again=self._route.retry_unsafe)
+
+    @property
+    def _more(self) -> bool:
+        """Whether another attempt may follow this one."""
+        return self._left > 0
+
+    def _settle(self) -> None:
+        """No other attempt follows: what one would need is given back."""
+        call = self._call
+        self._envelope = None
+        self._left = 0
+        call.hold.release(0 if call.conversation is None else call.conversation.holding)
+
+    def _judged(self, error: ProxyError, ask: Ask | None) -> Exception:
+        """What a failure comes to: the end, or another attempt."""
+        if ask is None or self._call.told or self._envelope is None:
+            return error
+        unsafe = self._route.retry_unsafe and ask.result in _UNSAFE
+        if error.declared or not ask.acted or unsafe:
+            return _Again(error, sent=ask.sent, retry_after=ask.retry_after)
+        return error
+
+    async def _relay_json(self, answer: Ask, way: Way) -> Outcome:
+        call = self._call
+        if answer.media_type not in ("application/json", ""):
+            raise answer.not_an_answer("The upstream's answer is not JSON.")
+        call.exchange.answered = time.monotonic()
+        body = await answer.read()
+        call.answer = await aside(partial(way.spoken.answer, body, way.asked), len(body))
+        if call.answer.outcome == "failed" and self._more and not _made(call.answer):
+            raise errors.declared_failure("The upstream's answer has failed.")
+        self._settle()
+        if call.answer.produced is not None:
+            await call.keep(call.answer.produced)
+        call.send_json(200, call.answer.body, answer.passed_on())
+        if call.reply.blocked:
+            call.await_client()
+            await call.reply.drain()
+        return call.answer.outcome
+
+    async def _relay_stream(self, answer: Ask, way: Way) -> Outcome:
+        call, stream = self._call, self._call.stream
+        if stream is None or answer.media_type != "text/event-stream":
+            raise answer.not_an_answer("The upstream's answer is not a stream of events.")
+        call.exchange.answered = time.monotonic()
+        held = self._settle if self._more else None
+        if held is None and not call.reply.started:
+            call.start_stream(answer.passed_on())
+        idle = way.target.upstream.timeouts.idle
+        self._relay = Relay(call, stream, answer, idle, held)
+        await self._relay.run()
+        call.reply.end()
+        return stream.outcome
+
+
+def _made(answer: Answer) -> bool:
+    """Whether there is any output, which would be paid for."""
+    return answer.usage is not None and answer.usage.total_output > 0
+
+
+async def send(call: Call, way: Way, envelope: Envelope, ask: Ask) -> Ask:
+    """Send a request to its target."""
+    asked, target, dialect = way
+    client = call.snapshot.clients[target.upstream.name]
+    recalled = 0 if call.conversation is None else call.conversation.recalled
+    body = await aside(
+        partial(dialect.encode, envelope, asked, target.upstream),
+        envelope.size + recalled if dialect.translates else 0,
+    )
+    beta = call.request.query.get("beta") if call.shape == "anthropic" else None
+    head = client.request_head(
+        dialect.api,
+        client.target(dialect.path, () if beta is None else (("beta", beta),)),
+        call.request.headers.items(),
+        request_id=call.exchange.request_id,
+        size=len(body),
+    )
+    return await call.watch.attempt(ask.send(head, body))
