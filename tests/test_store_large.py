@@ -52,6 +52,27 @@ async def test_h2_an_array_is_cut_once(
         assert threading.current_thread() not in cut
 
 
+async def test_m5_an_item_of_many_turns_is_forgotten_quickly(here: World) -> None:
+    """One id in 5,000 turns, twice in each: they go as fast as others, and the latest counts."""
+    given = array(message("x", "same"))
+    puts = [
+        turn(f"t{n}", content=Content(given, array(message(f"{n}", "same")), b"", b""))
+        for n in range(5000)
+    ]
+    await asyncio.gather(*map(here.store.put, puts))
+    found = (await here.store.find(ALICE, ["same"]))["same"]
+    assert await here.store.items(ALICE, [found]) == [message("4999", "same")]
+    await here.store.check()  # it is renewed by now
+    here.store.configure(ttl=TTL, max_bytes=PLENTY)
+    here.clock.now += TTL + 1
+    began = time.process_time()
+    while here.store.shares.turns:
+        here.store.tend()
+        await here.store.check()
+    assert time.process_time() - began < (5.0 if here.store.name == "sqlite" else 0.4)
+    assert await here.store.find(ALICE, ["same"]) == {}
+
+
 # Many owners
 
 
