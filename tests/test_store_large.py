@@ -10,6 +10,7 @@ import pytest
 
 from aiproxy.aside import LARGE
 from aiproxy.sessions import Content, Shares, items
+from aiproxy.stores import sqlite_book
 from turns import ALICE, KINDS, PLENTY, TTL, Clock, World, array, message, opened, turn, world
 
 
@@ -49,6 +50,27 @@ async def test_h2_an_array_is_cut_once(
     assert len(cut) == 3
     if large:
         assert threading.current_thread() not in cut
+
+
+async def test_m5_an_item_of_many_turns_is_forgotten_quickly(here: World) -> None:
+    """One id in 5,000 turns, twice in each: they go as fast as others, and the latest counts."""
+    given = array(message("x", "same"))
+    puts = [
+        turn(f"t{n}", content=Content(given, array(message(f"{n}", "same")), b"", b""))
+        for n in range(5000)
+    ]
+    await asyncio.gather(*map(here.store.put, puts))
+    found = (await here.store.find(ALICE, ["same"]))["same"]
+    assert await here.store.items(ALICE, [found]) == [message("4999", "same")]
+    await here.store.check()  # it is renewed by now
+    here.store.configure(ttl=TTL, max_bytes=PLENTY)
+    here.clock.now += TTL + 1
+    began = time.process_time()
+    while here.store.shares.turns:
+        here.store.tend()
+        await here.store.check()
+    assert time.process_time() - began < (5.0 if here.store.name == "sqlite" else 0.4)
+    assert await here.store.find(ALICE, ["same"]) == {}
 
 
 # Many owners
@@ -93,3 +115,36 @@ def test_m3_a_share_is_found_among_many() -> None:
         assert largest is not None
         shares.remove(largest, 1000, "size", 0)
     assert time.process_time() - began < 1.0
+
+
+# Many bytes
+
+
+async def test_m4_large_turns_do_not_outgrow_small_ones(here: World) -> None:
+    """Who puts 100 KB over the bound has as many bytes of small turns give way, at once."""
+    await asyncio.gather(*(here.store.put(turn(f"s{n}", size=700)) for n in range(3000)))
+    bound = here.store.shares.size
+    here.store.configure(ttl=0, max_bytes=bound)
+    for number in range(15):
+        await here.store.put(turn(f"l{number}", size=100_000))
+        assert here.store.shares.size <= bound
+    assert await here.results("l0", "l14") == ["hit", "hit"]
+
+
+async def test_m4_a_slow_disk_does_not_outgrow_the_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What gives way too slowly delays what is put, so that the file is never much over it."""
+    monkeypatch.setattr(sqlite_book, "GIVING_WAY", 0.0)
+    async with opened(tmp_path / "sessions.db") as store:
+        await asyncio.gather(*(store.put(turn(f"s{n}", size=700)) for n in range(3000)))
+        bound = store.shares.size
+        store.configure(ttl=0, max_bytes=bound)
+        most = 0
+        for number in range(30):
+            await store.put(turn(f"l{number}", size=100_000))
+            most = max(most, store.shares.size)
+        assert bound < most <= bound + bound // 8 + 100_000
+        store.configure(ttl=0, max_bytes=PLENTY)
+        await store.put(turn("last"))
+        assert not store._book.crowded  # type: ignore[union-attr]

@@ -68,7 +68,8 @@ class MemorySessions:
         self._last_key = 0
         self._emptied: list[_Conversation] = []  # in use without a turn
         self._ids: dict[str, dict[str, _Record]] = {}  # response id, owner
-        self._items: dict[tuple[str, str], list[tuple[_Record, Item]]] = {}  # owner, item id
+        # By owner and item id, of each turn by its key, in the order in which they were put.
+        self._items: dict[tuple[str, str], dict[int, tuple[_Record, Item]]] = {}
         # Of each owner by root, the least recently used first.
         self._conversations: dict[str, OrderedDict[int, _Conversation]] = {}
 
@@ -99,7 +100,7 @@ class MemorySessions:
         """See `SessionStore`."""
         found = {}
         for item_id in item_ids:
-            for record, item in reversed(self._items.get((owner, item_id), ())):
+            for record, item in reversed(self._items.get((owner, item_id), {}).values()):
                 if not self._expired(record.conversation):
                     head = record.head
                     found[item_id] = Found(
@@ -166,7 +167,7 @@ class MemorySessions:
         self.shares.add(turn.owner, record.size)
         self._ids.setdefault(turn.id, {})[turn.owner] = record
         for item in turn.items:
-            self._items.setdefault((turn.owner, item.id), []).append((record, item))
+            self._items.setdefault((turn.owner, item.id), {})[key] = record, item
 
     def _check_room(self, turn: Turn) -> None:
         """Refuse a turn that cannot stay. Changes nothing."""
@@ -290,10 +291,10 @@ class MemorySessions:
         if not owners:
             del self._ids[head.id]
         for item in record.items:
-            known = self._items[head.owner, item.id]
-            known[:] = [pair for pair in known if pair[0] is not record]
+            known = self._items.get((head.owner, item.id), {})
+            known.pop(head.key, None)  # a turn may have an id twice
             if not known:
-                del self._items[head.owner, item.id]
+                self._items.pop((head.owner, item.id), None)
 
     def _close_conversation(self, conversation: _Conversation) -> None:
         conversations = self._conversations[conversation.owner]
