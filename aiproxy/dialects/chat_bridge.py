@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from aiproxy import errors, usage
 from aiproxy.dialects.bridge import Bridge, BridgeStream, declared
 from aiproxy.dialects.chat_request import chat_request
-from aiproxy.dialects.responses_parts import encode
+from aiproxy.dialects.responses_parts import encode, objects
 
 if TYPE_CHECKING:
     from aiproxy.config import Upstream
@@ -148,22 +148,18 @@ class ChatBridgeStream(BridgeStream):
         refusal = said.get("refusal")
         if isinstance(refusal, str) and refusal:
             writer.refuse(refusal)
-        for each in said.get("annotations") or ():
+        for each in objects(said.get("annotations")):
             if (citation := _citation(each)) is not None:
                 writer.cite(citation)
-        calls = said.get("tool_calls")
-        for call in calls if isinstance(calls, list) else ():
-            if isinstance(call, dict):
-                self._call(call)
+        for call in objects(said.get("tool_calls")):
+            self._call(call)
 
     def _content(self, content: Any, logprobs: Any) -> None:
         """A text; or a list of texts, and of thoughts that are lists again."""
         if isinstance(content, str):
             odds = logprobs.get("content") if isinstance(logprobs, dict) else None
             self.writer.text(content, _logprobs(odds) if odds else None)
-        for part in content if isinstance(content, list) else ():
-            if not isinstance(part, dict):
-                continue
+        for part in objects(content):
             if part.get("type") == "thinking":
                 thoughts = part.get("thinking")
                 for each in thoughts if isinstance(thoughts, list) else [{"text": thoughts}]:
@@ -235,6 +231,10 @@ def _plain(said: dict[str, Any], choice: dict[str, Any]) -> str | None:
     return text or None
 
 
+def _place(value: Any) -> int:
+    return value if type(value) is int else 0
+
+
 def _has_message(choices: Any) -> bool:
     first = choices[0] if isinstance(choices, list) and choices else None
     return isinstance(first, dict) and isinstance(first.get("message"), dict)
@@ -248,34 +248,31 @@ def _written(given: Any) -> int:
 
 
 def _logprobs(given: Any) -> list[dict[str, Any]]:
-    if not isinstance(given, list):
-        return []
     return [
-        {**_odds(each), "top_logprobs": [_odds(top) for top in each.get("top_logprobs") or ()]}
-        for each in given
-        if isinstance(each, dict)
+        {**_odds(each), "top_logprobs": [_odds(top) for top in objects(each.get("top_logprobs"))]}
+        for each in objects(given)
     ]
 
 
 def _odds(each: dict[str, Any]) -> dict[str, Any]:
     token = str(each.get("token", ""))
-    known = each.get("bytes")
+    odds, known = each.get("logprob"), each.get("bytes")
     return {
         "token": token,
-        "logprob": each.get("logprob", 0.0),
-        "bytes": list(token.encode("utf-8", "replace")) if known is None else known,
+        "logprob": odds if isinstance(odds, int | float) else 0.0,
+        "bytes": known if isinstance(known, list) else list(token.encode("utf-8", "replace")),
     }
 
 
-def _citation(each: Any) -> dict[str, Any] | None:
+def _citation(each: dict[str, Any]) -> dict[str, Any] | None:
     """An annotation of a chat message, as the Responses API has it."""
-    cited = each.get("url_citation") if isinstance(each, dict) else None
+    cited = each.get("url_citation")
     if not isinstance(cited, dict):
         return None
     return {
         "type": "url_citation",
         "url": str(cited.get("url", "")),
         "title": str(cited.get("title", "")),
-        "start_index": cited.get("start_index") or 0,
-        "end_index": cited.get("end_index") or 0,
+        "start_index": _place(cited.get("start_index")),
+        "end_index": _place(cited.get("end_index")),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from aiproxy import errors
-from aiproxy.dialects.responses_parts import CALLS, KINDS, PREFIXES
+from aiproxy.dialects.responses_parts import CALLS, KINDS, PREFIXES, objects
 
 if TYPE_CHECKING:
     from aiproxy.dialects.responses_parts import Item, Sink
@@ -26,6 +26,18 @@ _OWN = frozenset(
 def beside(event: dict[str, Any]) -> dict[str, Any]:
     """What an event says besides."""
     return {name: value for name, value in event.items() if name not in _OWN}
+
+
+def _index(event: dict[str, Any]) -> int | None:
+    """The upstream's count of items."""
+    index = event.get("output_index")
+    return index if type(index) is int else None
+
+
+def _is_part(part: dict[str, Any]) -> bool:
+    """Whether it is a part whose text is told."""
+    kind = KINDS.get(str(part.get("type")))
+    return kind is not None and bool(kind.part)
 
 
 class Followed:
@@ -57,7 +69,7 @@ class Followed:
         item = event.get("item")
         if not isinstance(item, dict):
             raise errors.upstream_error(f"The upstream sent a {kind} event without an item.")
-        index = event.get("output_index")
+        index = _index(event)
         known = self._named(item) or (self._by_index.get(index) if index is not None else None)
         if known is None and kind.endswith(".done") and index is None:
             known = next((each for each in self._open() if each.type == item.get("type")), None)
@@ -89,6 +101,8 @@ class Followed:
     def _begin(self, item: dict[str, Any], index: object = None, beside: Beside = None) -> Item:
         kind = str(item.get("type") or "message")
         item_id = item.get("id")
+        if isinstance(item_id, str) and item_id in self._by_id:
+            item_id = None  # it was of another one, which is done
         more = {name: value for name, value in item.items() if name not in ("id", "type")}
         if kind in PREFIXES:
             for name in ("content", "summary", "arguments", "input"):
@@ -128,14 +142,8 @@ class Followed:
 
     def _finish_parts(self, known: Item, item: dict[str, Any]) -> None:
         for name in ("summary", "content"):
-            given = item.get(name)
-            parts = (
-                [part for part in given if isinstance(part, dict)]
-                if isinstance(given, list)
-                else []
-            )
-            for index, part in enumerate(parts):
-                if part.get("type") in KINDS:
+            for index, part in enumerate(objects(item.get(name))):
+                if _is_part(part):
                     sink = self._numbered(known, str(part["type"]), index)
                     self._take(sink if sink is not None else self._begin_part(known, part), part)
                 else:
@@ -153,9 +161,9 @@ class Followed:
 
     def _where(self, event: dict[str, Any], *kinds: str) -> Item | None:
         """The item that an event is about."""
-        index, item_id = event.get("output_index"), event.get("item_id")
+        index, item_id = _index(event), event.get("item_id")
         known = self._by_id.get(item_id) if isinstance(item_id, str) else None
-        if known is None and type(index) is int:
+        if known is None and index is not None:
             known = self._by_index.get(index)
         if known is None:
             known = next((each for each in reversed(self._open()) if each.type in kinds), None)
@@ -182,7 +190,7 @@ class Followed:
         item = self._where(event, holder)
         if item is None or item.done or item.type != holder:
             named = {"type": holder, "id": event.get("item_id")}
-            item = self._begin(named, event.get("output_index"))
+            item = self._begin(named, _index(event))
         if kind in CALLS:
             return item.sinks[0]
         sink = self._numbered(item, kind, event.get(KINDS[kind].number))
@@ -201,7 +209,7 @@ class Followed:
     def part(self, verb: str, event: dict[str, Any], part: dict[str, Any]) -> None:
         """A part begins, or is whole."""
         kind = str(part.get("type"))
-        if kind not in KINDS or not KINDS[kind].part:
+        if not _is_part(part):
             fields = {n: v for n, v in event.items() if n not in ("type", "sequence_number")}
             self._writer.emit(str(event.get("type")), {**fields, **self.place(event)})
             return
@@ -217,10 +225,10 @@ class Followed:
         sink.more = {}  # what it says last of it counts
         for name, value in part.items():
             if name == "annotations":
-                for annotation in (value or ())[len(sink.annotations) :]:
+                for annotation in objects(value)[len(sink.annotations) :]:
                     self._writer.annotate(sink, annotation)
             elif name == "logprobs":
-                sink.logprobs = value or sink.logprobs
+                sink.logprobs = objects(value) or sink.logprobs
             elif name not in ("type", sink.names.member):
                 sink.more[name] = value
 
@@ -234,7 +242,7 @@ class Followed:
         if verb == "delta":
             delta = event.get("delta")
             if isinstance(delta, str):
-                self._writer.delta(sink, delta, event.get("logprobs") or None, more)
+                self._writer.delta(sink, delta, objects(event.get("logprobs")), more)
             return
         self._fill(sink, event.get(sink.names.member))
         sink.beside = more
@@ -243,8 +251,10 @@ class Followed:
 
     def _hear(self, kind: str, event: dict[str, Any]) -> None:
         """Arguments of a call that did not begin: it is told once its tool is known."""
-        index, item_id = event.get("output_index"), event.get("item_id")
-        key = index if type(index) is int else item_id
+        index, item_id = _index(event), event.get("item_id")
+        key = item_id if index is None else index
+        if not isinstance(key, int | str):
+            key = None
         call = self._early.setdefault(key, {"type": kind, "id": item_id, KINDS[kind].member: ""})
         member = KINDS[kind].member
         if isinstance(event.get("delta"), str):

@@ -8,7 +8,7 @@ since deltas are most of a stream.
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
@@ -30,7 +30,16 @@ def decode(raw: bytes) -> Any:
     try:
         return msgspec.json.decode(raw)
     except (msgspec.DecodeError, RecursionError):
-        return json.loads(raw)
+        return json.loads(raw, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def objects(value: Any) -> list[dict[str, Any]]:
+    """The objects in a list; whatever an upstream puts in their place is none."""
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
 def _plain(value: Any) -> Any:
@@ -94,8 +103,8 @@ class Sink:
         self.more = more
         self.pieces: list[str] = []
         self.beside: dict[str, Any] | None = None
-        self.annotations: list[Any] = list(more.pop("annotations", None) or ())
-        self.logprobs: list[Any] = list(more.pop("logprobs", None) or ())
+        self.annotations: list[Any] = list(objects(more.pop("annotations", None)))
+        self.logprobs: list[Any] = list(objects(more.pop("logprobs", None)))
         self.done = False
         event = f"{names.events}.delta"
         self.head = f'event: {event}\ndata: {{"type":"{event}","sequence_number":'.encode()

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Raw
+
 from aiproxy import errors, usage
 from aiproxy.dialects import value_of
 from aiproxy.dialects.bridge import BridgeStream, declared
@@ -118,6 +120,8 @@ class RepairedStream(BridgeStream):
             fields = {name: value for name, value in event.items() if name != "sequence_number"}
             if "item_id" in event or "output_index" in event:
                 fields |= self.items.place(event)
+            if isinstance(response := event.get("response"), dict):
+                fields["response"] = {**response, **self._ours()}
             self.writer.emit(kind, {name: v for name, v in fields.items() if name != "type"})
 
     # -- the response
@@ -134,6 +138,11 @@ class RepairedStream(BridgeStream):
             writer.created()
             writer.lifecycle(kind, more)
 
+    def _ours(self) -> dict[str, Any]:
+        """What in a response object is not the upstream's to say."""
+        names = [*self.asked.own, *(("model",) if self.asked.renamed else ())]
+        return {name: self.writer.response[name] for name in names}
+
     def _say(self, response: dict[str, Any]) -> None:
         """Take what an upstream says of the response, as far as it may be said."""
         own = {"output", "usage", "status", *self.asked.own}
@@ -145,8 +154,10 @@ class RepairedStream(BridgeStream):
         for name, value in response.items():
             if name in own or (value is None and known.get(name) is not None):
                 continue
-            if name in ("created_at", "completed_at") and isinstance(value, float):
-                value = int(value)  # noqa: PLW2901 - some give the fraction of a second, too
+            if name in ("created_at", "completed_at"):
+                value = _seconds(value)  # noqa: PLW2901 - some give the fraction of one, too
+                if value is None:
+                    continue
             complete = COMPLETE.get(name)
             known[name] = value if complete is None else complete(value)
 
@@ -172,7 +183,7 @@ class RepairedStream(BridgeStream):
     def _is_cut(self) -> bool:
         """Whether an answer has all the tokens that it may have: some call that completed."""
         most = self.writer.response["max_output_tokens"]
-        most = most if isinstance(most, int) else value_of(most)
+        most = value_of(most) if isinstance(most, Raw) else most
         return type(most) is int and self.usage is not None and 0 < most <= self.usage.total_output
 
     def _count(self, given: Any) -> None:
@@ -183,7 +194,8 @@ class RepairedStream(BridgeStream):
             return
         for name, value in given.items():
             if isinstance(shown.get(name), dict):
-                shown[name] |= value if isinstance(value, dict) else {}
+                details = value if isinstance(value, dict) else {}
+                shown[name] |= {n: each for n, each in details.items() if each is not None}
             elif value is not None:
                 shown[name] = value
 
@@ -207,6 +219,12 @@ class RepairedStream(BridgeStream):
             raise errors.upstream_error("The upstream's answer is not a response object.")
         status = document.get("status")
         self._end(_TERMINAL.get(f"response.{status}", "completed"), document)
+
+
+def _seconds(value: Any) -> int | None:
+    """A time in whole seconds; None for what is none."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**53
+    return int(value) if known else None
 
 
 def _error(given: Any) -> dict[str, str]:
