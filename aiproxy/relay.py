@@ -8,6 +8,7 @@ is slowed down and memory stays bounded.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from aiproxy.upstream import Ask
 
 SOON = 0.001  # seconds: a limit of 0 would be none
-PATIENCE = 5.0  # seconds for the usage of an answer that is whole but for it
 TAIL = 1.0  # seconds for an upstream to end the body after its terminal event
 
 
@@ -34,7 +34,7 @@ class Relay:
         self._stream = stream
         self._splitter = Splitter()
         self._idle = 0.0
-        self._patience = 0.0  # until when the usage is waited for
+        self._patience = math.inf  # until when the usage is waited for
 
     async def run(self, answer: Ask, idle: float) -> None:
         """Relay to the end of the upstream's body; the client's body is left open.
@@ -112,16 +112,19 @@ class Relay:
     async def _chunk(self, answer: Ask) -> bytes:
         """The next bytes; empty also where an answer is whole, and its usage does not come."""
         if not self._stream.owes:
-            self._patience = 0.0
             return await answer.chunk()
-        if not self._patience:
-            self._patience = asyncio.get_running_loop().time() + PATIENCE
+        until = asyncio.get_running_loop().time() + self._stream.owes
+        self._patience = min(self._patience, until)
         self._call.watch.enter("none", 0)  # the answer is whole: it is not late any more
         try:
             async with asyncio.timeout_at(self._patience):
                 return await answer.chunk()
         except TimeoutError:
             return b""
+        except asyncio.CancelledError:
+            if self._call.watch.reason not in ("total", "shutting_down"):
+                raise
+            return b""  # it is whole, though its time is over
 
     async def _ended(self, error: ProxyError) -> None:
         """Nothing more comes from the upstream: an error unless what came is whole."""

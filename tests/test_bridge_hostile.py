@@ -133,6 +133,11 @@ def asked(*, stream: bool) -> Asked:
     return found
 
 
+def refused(name: str) -> None:
+    """Refuse what is no JSON."""
+    raise ValueError(name)
+
+
 def check_stream(dialect: Dialect, documents: list[Any]) -> None:
     """Assert that a stream is told in numbered events, with one terminal event at its end."""
     reader = dialect.stream(asked(stream=True))
@@ -152,8 +157,8 @@ def check_stream(dialect: Dialect, documents: list[Any]) -> None:
     told = []
     for _, data in parse_sse(out):
         try:
-            event = json.loads(data)
-        except ValueError:
+            event = json.loads(data, parse_constant=refused)
+        except ValueError:  # what is no JSON, with NaN in it, passes a loose server's stream
             continue
         if isinstance(event, dict):
             told.append(event)

@@ -12,9 +12,11 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 from aiproxy import errors, usage
-from aiproxy.dialects.bridge import Bridge, BridgeStream, declared
+from aiproxy.dialects.bridge import Bridge
 from aiproxy.dialects.chat_request import chat_request
 from aiproxy.dialects.responses_parts import encode, objects
+from aiproxy.dialects.responses_writer import ITEM
+from aiproxy.dialects.told_stream import ToldStream, declared
 
 if TYPE_CHECKING:
     from aiproxy.config import Upstream
@@ -28,6 +30,7 @@ _INCOMPLETE = {
     "max_tokens": "max_output_tokens",
     "content_filter": "content_filter",
 }
+FOR_USAGE, FOR_END = 5.0, 0.5  # seconds that are waited for these after the finish reason
 _FAILED = frozenset({"error", "insufficient_system_resource"})
 
 
@@ -48,28 +51,30 @@ class ChatBridge(Bridge):
 
 
 class _Call:
-    """A call that is open."""
+    """A call that is open; told once its tool is known, a custom tool's once it is whole."""
 
     __slots__ = ("call_id", "custom", "index", "item", "pieces")
 
-    def __init__(self, index: object, call_id: str, item: Item, *, custom: bool) -> None:
+    def __init__(self, index: object, call_id: str) -> None:
         self.index = index
         self.call_id = call_id
-        self.item = item
-        self.custom = custom
-        self.pieces: list[str] = []  # of a custom tool's arguments, until they are whole
+        self.item: Item | None = None
+        self.custom = False
+        self.pieces: list[str] = []  # of arguments that are not told yet
 
 
-class ChatBridgeStream(BridgeStream):
-    """See `BridgeStream`. Whole with a finish reason; the usage may follow it."""
+class ChatBridgeStream(ToldStream):
+    """See `ToldStream`. Whole with a finish reason; the usage may follow it."""
 
     def __init__(self, asked: Asked) -> None:
         super().__init__(asked)
         self._calls: list[_Call] = []
+        self._by_index: dict[int, _Call] = {}
+        self._by_id: dict[str, _Call] = {}
         self._finish: str | None = None
 
     def read(self, name: bytes, data: bytes) -> None:
-        """See `BridgeStream`."""
+        """See `ToldStream`."""
         if data == b"[DONE]":
             if self._finish is not None:
                 self._conclude()
@@ -87,7 +92,7 @@ class ChatBridgeStream(BridgeStream):
         self._chunk(chunk)
 
     def read_answer(self, document: dict[str, Any]) -> None:
-        """See `BridgeStream`."""
+        """See `ToldStream`."""
         if document.get("error") is not None and not document.get("choices"):
             raise declared(document["error"])
         if not _has_message(document.get("choices")):
@@ -119,7 +124,9 @@ class ChatBridgeStream(BridgeStream):
                 self._finish = finish
                 if finish in _FAILED:
                     raise declared(choice.get("error") or chunk.get("error"))
-                self.owes = True
+                self.owes = FOR_USAGE
+        if self.owes and self.usage is not None:
+            self.owes = FOR_END  # the usage may be said once more: the last one counts
 
     def close(self) -> bytes:
         """See `Stream`."""
@@ -129,8 +136,7 @@ class ChatBridgeStream(BridgeStream):
 
     def _conclude(self) -> None:
         for call in self._calls:
-            if call.custom:
-                self._tell_custom(call)
+            self._tell(call)
         why = _INCOMPLETE.get(self._finish or "")
         self.conclude("completed" if why is None else "incomplete", why or "")
 
@@ -153,6 +159,8 @@ class ChatBridgeStream(BridgeStream):
                 writer.cite(citation)
         for call in objects(said.get("tool_calls")):
             self._call(call)
+        if isinstance(function := said.get("function_call"), dict):  # of older servers
+            self._call({"index": -1, "function": function})
 
     def _content(self, content: Any, logprobs: Any) -> None:
         """A text; or a list of texts, and of thoughts that are lists again."""
@@ -173,50 +181,68 @@ class ChatBridgeStream(BridgeStream):
         if not isinstance(function, dict):
             function = {}
         name = function.get("name")
+        name = name if isinstance(name, str) else ""
         call = self._known(said.get("index"), said.get("id"), name)
         if call is None:
-            named = name if isinstance(name, str) else ""
-            custom = named in self.asked.custom
-            call_id = said.get("id")
-            if not isinstance(call_id, str) or not call_id:
-                call_id = f"call_{secrets.token_urlsafe(18)}"
-            item = self.writer.call(
-                "custom_tool_call" if custom else "function_call", named, call_id
-            )
-            call = _Call(said.get("index"), call_id, item, custom=custom)
-            self._calls.append(call)
+            call = self._begin(said.get("index"), said.get("id"))
+        if name and call.item is None:
+            self._name(call, name)
         arguments = function.get("arguments")
         if isinstance(arguments, dict | list):  # some servers send the value itself
-            arguments = encode(arguments).decode()
+            arguments = encode(arguments).decode("utf-8", "surrogatepass")
         if not isinstance(arguments, str) or not arguments:
             return
-        if call.custom:
+        if call.item is None or call.custom:
+            self.writer.grow(len(arguments))
             call.pieces.append(arguments)
-            self.writer.size += len(arguments)
         else:
             self.writer.delta(call.item.sinks[0], arguments)
 
-    def _known(self, index: object, call_id: object, name: object) -> _Call | None:
+    def _begin(self, index: object, call_id: object) -> _Call:
+        if not isinstance(call_id, str) or not call_id:
+            call_id = f"call_{secrets.token_urlsafe(18)}"
+        self.writer.grow(ITEM)
+        call = _Call(index, call_id)
+        self._calls.append(call)
+        self._by_id[call_id] = call
+        if type(index) is int:
+            self._by_index[index] = call
+        return call
+
+    def _name(self, call: _Call, name: str) -> None:
+        """It is known which tool is called."""
+        call.custom = name in self.asked.custom
+        kind = "custom_tool_call" if call.custom else "function_call"
+        call.item = self.writer.call(kind, name, call.call_id)
+        if call.pieces and not call.custom:
+            self.writer.delta(call.item.sinks[0], "".join(call.pieces))
+
+    def _known(self, index: object, call_id: object, name: str) -> _Call | None:
         """The open call that is meant; None: it is a new one.
 
         Some servers leave the index out, some give all calls the same one, some repeat the id or
         leave it empty after the first piece.
         """
-        if isinstance(call_id, str) and call_id:
-            for call in self._calls:
-                if call.call_id == call_id:
-                    return call
-            if name or index is None:
-                return None
-        if index is not None:
-            for call in reversed(self._calls):
-                if call.index == index:
-                    return call
-            return None
-        return None if name or not self._calls else self._calls[-1]
+        named = self._by_id.get(call_id) if isinstance(call_id, str) and call_id else None
+        if type(index) is not int:
+            if call_id or name or not self._calls:
+                return named
+            return self._calls[-1]
+        if named is not None and named.index == index:
+            return named
+        call = self._by_index.get(index)
+        other = isinstance(call_id, str) and call_id != "" and name != ""
+        return None if other else call
 
-    def _tell_custom(self, call: _Call) -> None:
-        """The input of a custom tool: it is known once the arguments that hold it are whole."""
+    def _tell(self, call: _Call) -> None:
+        """What of a call is told at the end alone.
+
+        The input of a custom tool is known once the arguments that hold it are whole.
+        """
+        if call.item is None:
+            self._name(call, "")
+        if call.item is None or not call.custom:
+            return
         arguments = "".join(call.pieces)
         document = self.document(arguments.encode("utf-8", "surrogatepass"))
         given = None if document is None else document.get("input")

@@ -10,9 +10,10 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 from aiproxy import errors, usage
-from aiproxy.dialects.bridge import Bridge, BridgeStream, declared
+from aiproxy.dialects.bridge import Bridge
 from aiproxy.dialects.messages_request import REDACTED, messages_request
 from aiproxy.dialects.responses_parts import encode, objects
+from aiproxy.dialects.told_stream import ToldStream, declared
 
 if TYPE_CHECKING:
     from aiproxy.config import Route, Upstream
@@ -38,6 +39,11 @@ class MessagesBridge(Bridge):
 
     def bound(self, envelope: Envelope, asked: Asked, route: Route) -> None:
         """See `Bridge`: a maximum is required there."""
+        given = envelope.integer("max_output_tokens")
+        if given is not None and given < 1:
+            raise errors.invalid_value(
+                "max_output_tokens", "'max_output_tokens' must be at least 1 on this model."
+            )
         if asked.declared is None:
             most = route.default_max_tokens
             if route.max_output_tokens is not None:
@@ -68,8 +74,8 @@ class _Block:
         self.signature = ""
 
 
-class MessagesBridgeStream(BridgeStream):
-    """See `BridgeStream`."""
+class MessagesBridgeStream(ToldStream):
+    """See `ToldStream`."""
 
     def __init__(self, asked: Asked) -> None:
         super().__init__(asked)
@@ -78,7 +84,7 @@ class MessagesBridgeStream(BridgeStream):
         self._blocks: dict[int, _Block] = {}
 
     def read(self, name: bytes, data: bytes) -> None:
-        """See `BridgeStream`. Events of unknown types say nothing (API reference, "Streaming")."""
+        """See `ToldStream`. Events of unknown types say nothing (API reference, "Streaming")."""
         event = self.document(data)
         if event is None:
             raise errors.upstream_error("The upstream sent an event that is not JSON.")
@@ -103,7 +109,7 @@ class MessagesBridgeStream(BridgeStream):
                 self._conclude()
 
     def read_answer(self, document: dict[str, Any]) -> None:
-        """See `BridgeStream`."""
+        """See `ToldStream`."""
         blocks = document.get("content")
         if not isinstance(blocks, list):
             raise errors.upstream_error("The upstream's answer is not a message.")
@@ -193,13 +199,14 @@ class MessagesBridgeStream(BridgeStream):
         elif not isinstance(text, str) or not text:
             return
         elif delta["type"] == "signature_delta":
+            self.writer.grow(len(text))
             block.signature += text
         elif block.kind == "thinking":
             self.writer.think(text)
-        elif block.item is not None:
+        elif block.kind == "tool_use" and block.item is not None:
             block.pieces.append(text)
             if block.custom:
-                self.writer.size += len(text)
+                self.writer.grow(len(text))
             else:
                 self.writer.delta(block.item.sinks[0], text)
 
@@ -226,7 +233,9 @@ class MessagesBridgeStream(BridgeStream):
             document = self.document(said.encode("utf-8", "surrogatepass")) if said else None
             given = block.started if document is None else document
             text = given.get("input") if isinstance(given, dict) else None
-            self.writer.delta(item.sinks[0], text if isinstance(text, str) else said)
+            if not isinstance(text, str):
+                text = said or encode(block.started or {}).decode("utf-8", "surrogatepass")
+            self.writer.delta(item.sinks[0], text)
         elif not block.pieces:
             self.writer.delta(item.sinks[0], encode(block.started or {}).decode())
 

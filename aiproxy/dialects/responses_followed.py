@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from aiproxy import errors
-from aiproxy.dialects.responses_parts import CALLS, KINDS, PREFIXES, objects
+from aiproxy.dialects.responses_parts import CALLS, KINDS, PREFIXES, OtherPart, Sink, objects
 
 if TYPE_CHECKING:
-    from aiproxy.dialects.responses_parts import Item, Sink
+    from aiproxy.dialects.responses_parts import Item
     from aiproxy.dialects.responses_writer import Beside, Writer
 
 # What the writer itself says in an event.
@@ -47,20 +47,23 @@ class Followed:
         self._writer = writer
         self._by_index: dict[int, Item] = {}  # as the upstream counts
         self._by_id: dict[str, Item] = {}
-        self._nameless: list[Item] = []  # which the upstream gave no id
         self._early: dict[object, dict[str, Any]] = {}  # calls whose names did not come yet
 
     def conclude(self, output: list[Any]) -> None:
         """The whole output: tell what was not told of it."""
-        left = list(self._writer.output)
-        for index, item in enumerate(output):
-            if isinstance(item, dict):
-                known = self._named(item) or self._by_index.get(index) or self._alike(item, left)
-                if known is None or known.type != item.get("type", known.type):
-                    known = self._begin(item, index)
-                elif known in left:
-                    left.remove(known)
-                self._finish(known, item)
+        items = objects(output)
+        found = [self._told(item, index) for index, item in enumerate(items)]
+        taken = {known.index for known in found if known is not None}
+        # Those that neither an id nor an index tells are the same if they are of one type, in turn.
+        left: dict[str, list[Item]] = {}
+        for each in reversed(self._writer.output):
+            if each.index not in taken:
+                left.setdefault(each.type, []).append(each)
+        for index, item in enumerate(items):
+            known = found[index]
+            if known is None and (alike := left.get(str(item.get("type")))):
+                known = alike.pop()
+            self._finish(self._begin(item, index) if known is None else known, item)
         for early in list(self._early.values()):
             self._finish(self._begin(early), early)
 
@@ -83,17 +86,10 @@ class Followed:
         item_id = item.get("id")
         return self._by_id.get(item_id) if isinstance(item_id, str) else None
 
-    def _alike(self, item: dict[str, Any], told: list[Item]) -> Item | None:
-        """The first of its type, where one of the two has no id of the upstream's."""
-        nameless = not item.get("id")
-        return next(
-            (
-                each
-                for each in told
-                if each.type == item.get("type") and (nameless or each in self._nameless)
-            ),
-            None,
-        )
+    def _told(self, item: dict[str, Any], index: int) -> Item | None:
+        """The one that an item of the whole output is, by its id or its place."""
+        known = self._named(item) or self._by_index.get(index)
+        return known if known is not None and known.type == item.get("type", known.type) else None
 
     def _open(self) -> list[Item]:
         return [each for each in self._writer.output if not each.done]
@@ -115,8 +111,6 @@ class Followed:
         if type(index) is int:
             self._by_index[index] = known
         self._by_id[known.id] = known
-        if not item_id:
-            self._nameless.append(known)
         if kind in CALLS:
             early = self._early.pop(index, None) or self._early.pop(item_id, None)
             self._fill(known.sinks[0], (early or {}).get(KINDS[kind].member))
@@ -142,22 +136,44 @@ class Followed:
 
     def _finish_parts(self, known: Item, item: dict[str, Any]) -> None:
         for name in ("summary", "content"):
-            for index, part in enumerate(objects(item.get(name))):
-                if _is_part(part):
-                    sink = self._numbered(known, str(part["type"]), index)
-                    self._take(sink if sink is not None else self._begin_part(known, part), part)
-                else:
-                    known.others.append(part)
+            given = item.get(name)
+            if isinstance(given, str):  # some servers know one text alone
+                given = [{"type": "output_text", "text": given}]
+            for index, part in enumerate(objects(given)):
+                self._finish_part(known, part, index)
+
+    def _finish_part(self, known: Item, part: dict[str, Any], index: int) -> None:
+        sink = self._numbered(known, part, index)
+        if isinstance(sink, OtherPart):
+            sink.given = part
+        elif not _is_part(part):
+            known.sinks.append(OtherPart(part))
+        else:
+            self._take(self._begin_part(known, part) if sink is None else sink, part)
 
     # -- parts
 
-    def _numbered(self, item: Item, kind: str, index: object) -> Sink | None:
+    def _numbered(self, item: Item, part: dict[str, Any], index: object) -> Any:
         """A part of an item, by the upstream's count; without one the last of its kind."""
-        number = KINDS[kind].number
+        kind = str(part.get("type"))
+        number = KINDS[kind].number if _is_part(part) else "content_index"
         alike = [each for each in item.sinks if each.names.number == number]
         if type(index) is int:
             return alike[index] if 0 <= index < len(alike) else None
         return next((each for each in reversed(alike) if each.kind == kind and not each.done), None)
+
+    def _other_part(self, event: dict[str, Any], part: dict[str, Any], verb: str) -> None:
+        """Keep a part of a type that is not known in its place."""
+        item = self._where(event, "message", "reasoning")
+        if item is None:
+            return
+        known = self._numbered(item, part, event.get("content_index"))
+        if isinstance(known, OtherPart):
+            known.given = part
+        elif known is None and verb == "added":
+            if (before := item.sink) is not None:
+                self._writer.end_part(before)
+            item.sinks.append(OtherPart(part))
 
     def _where(self, event: dict[str, Any], *kinds: str) -> Item | None:
         """The item that an event is about."""
@@ -192,10 +208,11 @@ class Followed:
             named = {"type": holder, "id": event.get("item_id")}
             item = self._begin(named, _index(event))
         if kind in CALLS:
-            return item.sinks[0]
-        sink = self._numbered(item, kind, event.get(KINDS[kind].number))
-        if sink is not None:
-            return sink
+            call: Sink = item.sinks[0]
+            return call
+        known = self._numbered(item, {"type": kind}, event.get(KINDS[kind].number))
+        if isinstance(known, Sink):
+            return known
         if part is None:
             return self._writer.part(item, kind)
         return self._begin_part(item, part, beside(event))
@@ -210,6 +227,7 @@ class Followed:
         """A part begins, or is whole."""
         kind = str(part.get("type"))
         if not _is_part(part):
+            self._other_part(event, part, verb)
             fields = {n: v for n, v in event.items() if n not in ("type", "sequence_number")}
             self._writer.emit(str(event.get("type")), {**fields, **self.place(event)})
             return
