@@ -10,7 +10,7 @@ import pytest
 
 from aiproxy.aside import LARGE
 from aiproxy.sessions import Content, Shares, items
-from aiproxy.stores import sqlite_book
+from aiproxy.stores import memory_sessions, sqlite_book
 from turns import ALICE, KINDS, PLENTY, TTL, Clock, World, array, message, opened, turn, world
 
 
@@ -148,3 +148,69 @@ async def test_m4_a_slow_disk_does_not_outgrow_the_bound(
         store.configure(ttl=0, max_bytes=PLENTY)
         await store.put(turn("last"))
         assert not store._book.crowded  # type: ignore[union-attr]
+
+
+# A reload that lowers the bound
+
+
+async def test_m6_a_lower_bound_is_come_to_in_steps(here: World) -> None:
+    """Turns are put and found meanwhile, nothing grows, and the event loop is not held up."""
+    store = here.store
+    await asyncio.gather(*(store.put(turn(f"t{n}", size=700)) for n in range(6000)))
+    store.configure(ttl=0, max_bytes=700 * 500)
+    before, most = store.shares.turns, 0
+    assert before > 5000
+    number, size = 0, store.shares.size
+    while store.shares.size > 700 * 500:
+        store.tend()
+        if number < 20:
+            await store.put(turn(f"new{number}", size=5000))
+            assert store.shares.size <= size
+            size = store.shares.size
+            number += 1
+        before = store.shares.turns
+        await asyncio.sleep(0)
+        most = max(most, before - store.shares.turns)
+    if store.name == "memory":
+        assert most <= 2 * memory_sessions.STEP
+    assert await here.result(f"new{number - 1}") == "hit"
+    assert await here.result("t0") == "missing"
+
+
+async def test_m6_it_is_come_to_without_anybody_asking() -> None:
+    """A store in memory goes on by itself, once it is told, and so with what has expired."""
+    clock = Clock()
+    store = memory_sessions.MemorySessions(clock)
+    store.configure(ttl=TTL, max_bytes=PLENTY)
+    for number in range(3000):
+        await store.put(turn(f"t{number}", f"key-{number % 1000}", size=700))
+    store.configure(ttl=TTL, max_bytes=700 * 2000)
+    assert store.shares.turns > 2000
+    async with asyncio.timeout(5):
+        while store.shares.turns > 2000:  # noqa: ASYNC110 - the store has no event for it
+            await asyncio.sleep(0.001)
+    clock.now += TTL
+    store.tend()
+    assert store.shares.turns > 1000
+    async with asyncio.timeout(5):
+        while store.shares.turns:  # noqa: ASYNC110 - the same
+            await asyncio.sleep(0.001)
+    await store.close()
+
+
+async def test_m6_a_large_turn_has_many_give_way_in_steps() -> None:
+    """What a put removes does not hold the event loop up either, and it finds its room."""
+    store = memory_sessions.MemorySessions(Clock())
+    store.configure(ttl=0, max_bytes=700 * 5000)
+    for number in range(5000):
+        await store.put(turn(f"t{number}", size=700))
+    putting = asyncio.ensure_future(store.put(turn("large", size=700 * 4000)))
+    other = asyncio.ensure_future(store.put(turn("other", size=700 * 100)))
+    before, most = store.shares.turns, 0
+    while not (putting.done() and other.done()):
+        await asyncio.sleep(0)
+        most, before = max(most, before - store.shares.turns), store.shares.turns
+        assert store.shares.size <= 700 * 5000
+    await asyncio.gather(putting, other)
+    assert most <= 3 * memory_sessions.STEP
+    assert store.shares.turns == 902
