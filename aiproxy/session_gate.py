@@ -86,8 +86,10 @@ class SessionGate:
         self._timer = asyncio.get_running_loop().call_later(PERIOD, self._tend)
 
     def _tend(self) -> None:
-        self._store.tend(prove=self.away)
-        self.start()
+        try:
+            self._store.tend(prove=self.away)
+        finally:  # a fault of one step must not be the end of all expiry
+            self.start()
 
     async def stop(self) -> None:
         """Close the store, after all requests have ended."""
