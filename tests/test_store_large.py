@@ -1,17 +1,33 @@
 """Stores of conversations with many items, turns, bytes and owners: what a step of them costs."""
 
 import asyncio
+import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from aiproxy.aside import LARGE
-from aiproxy.sessions import Content, Shares, items
+from aiproxy.sessions import Content, Shares, StoreError, items
 from aiproxy.stores import memory_sessions, sqlite_book
-from turns import ALICE, KINDS, PLENTY, TTL, Clock, World, array, message, opened, turn, world
+from aiproxy.stores.sqlite_book import Book
+from turns import (
+    ALICE,
+    KINDS,
+    PLENTY,
+    TTL,
+    Clock,
+    World,
+    array,
+    database,
+    message,
+    opened,
+    turn,
+    world,
+)
 
 
 @pytest.fixture(params=KINDS)
@@ -71,6 +87,37 @@ async def test_m5_an_item_of_many_turns_is_forgotten_quickly(here: World) -> Non
         await here.store.check()
     assert time.process_time() - began < (5.0 if here.store.name == "sqlite" else 0.4)
     assert await here.store.find(ALICE, ["same"]) == {}
+
+
+async def test_l1_uses_share_a_renewal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is under way all others are gathered for the next; none is lost by a failure."""
+    clock, renewals = Clock(), 0
+    renew = Book.renew
+
+    def counted(book: Book, roots: Iterable[int]) -> None:
+        nonlocal renewals
+        renewals += 1
+        if renewals == 1:
+            raise sqlite3.OperationalError("disk I/O error")
+        renew(book, roots)
+
+    monkeypatch.setattr(Book, "renew", counted)
+    async with opened(tmp_path / "sessions.db", clock, patience=10) as store:
+        here = World(store, clock)
+        store.configure(ttl=TTL, max_bytes=PLENTY)
+        heads = [await here.put(f"t{n}") for n in range(100)]
+        clock.now += TTL / 2
+        await store.path(heads[0])
+        with suppress(StoreError):  # it may be of the same transaction
+            await store.check()
+        with database(tmp_path / "sessions.db") as other:
+            await asyncio.to_thread(other.execute, "BEGIN IMMEDIATE")
+            await asyncio.gather(*(store.path(head) for head in heads[1:]))
+        await store.check()
+        await store.check()
+        assert renewals == 3
+        clock.now += TTL * 3 / 4
+        assert await here.results(*(f"t{n}" for n in range(100))) == ["hit"] * 100
 
 
 # Many owners
