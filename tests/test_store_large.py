@@ -4,14 +4,14 @@ import asyncio
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from aiproxy.aside import LARGE
-from aiproxy.sessions import Content, Shares, StoreError, items
+from aiproxy.sessions import Content, Head, Shares, StoreError, items
 from aiproxy.stores import memory_sessions, sqlite_book
 from aiproxy.stores.sqlite_book import Book
 from turns import (
@@ -261,3 +261,92 @@ async def test_m6_a_large_turn_has_many_give_way_in_steps() -> None:
     await asyncio.gather(putting, other)
     assert most <= 3 * memory_sessions.STEP
     assert store.shares.turns == 902
+
+
+# The event loop
+
+
+async def longest_gap(until: asyncio.Event) -> float:
+    """Return the longest time in which the event loop could not run, in seconds."""
+    longest = 0.0
+    while not until.is_set():
+        before = time.perf_counter()
+        await asyncio.sleep(0.001)
+        longest = max(longest, time.perf_counter() - before)
+    return longest
+
+
+async def gap_during(work: Awaitable[object]) -> float:
+    """Do something, and return how long the event loop could not run meanwhile."""
+    until = asyncio.Event()
+    watching = asyncio.ensure_future(longest_gap(until))
+    await work
+    until.set()
+    return await watching
+
+
+async def test_f33_a_locked_file_does_not_hold_up_the_loop(tmp_path: Path) -> None:
+    """While it is locked, whatever is asked of the store, the event loop lags under 50 ms."""
+    async with opened(tmp_path / "sessions.db", patience=0.4) as store:
+        here = World(store, Clock())
+        head = await here.put("a", size=1_000_000, ids=["i"])
+        found = (await store.find(ALICE, ["i"]))["i"]
+
+        async def everything() -> None:
+            asked = [
+                work
+                for n in range(20)
+                for work in (
+                    store.put(turn(f"t{n}", size=200_000)),
+                    store.delete(head),
+                    store.path(head),
+                    store.items(ALICE, [found]),
+                    store.check(),
+                )
+            ]
+            store.tend(prove=True)
+            outcomes = await asyncio.gather(*asked, return_exceptions=True)
+            assert sum(isinstance(each, StoreError) for each in outcomes) == 60
+
+        gaps = []
+        for _ in range(3):  # of a noisy machine the best counts
+            with database(tmp_path / "sessions.db") as other:
+                await asyncio.to_thread(other.execute, "BEGIN IMMEDIATE")
+                gaps.append(await gap_during(everything()))
+        assert min(gaps) < 0.05
+
+
+async def test_a_path_of_the_most_turns_and_bytes(here: World) -> None:
+    """4,096 turns with 32 MiB go through the store whole, in order, and without a stop."""
+    text = "x" * 8200
+    parent: Head | None = None
+    inputs: list[bytes] = []
+    for number in range(4096):
+        made = turn(f"t{number}", parent=parent, content=Content(
+            array(message(f"{number} {text}")), b"[]", b"", b""
+        ))  # fmt: skip
+        await here.store.put(made)
+        inputs.append(made.content.input)
+        key = number + 1
+        parent = Head(
+            made.id, key, 1, None if parent is None else parent.key, ALICE, made.depth,
+            made.path_size, 7, 1, "m", "one", held=True, whole=True,
+        )  # fmt: skip
+    head = await here.head("t4095")
+    assert head == parent
+    assert (head.depth, head.size > 32 * 1024 * 1024) == (4096, True)
+    gaps = []
+    for _ in range(3):
+        gaps.append(await gap_during(reading := asyncio.ensure_future(here.store.path(head))))
+        path = reading.result()
+        assert path is not None
+        assert [each.input for each in path] == inputs
+    assert min(gaps) < 0.1
+    assert await here.store.delete(await here.head("t0")) is True
+    assert await here.store.path(head) is None
+    here.store.configure(ttl=0, max_bytes=1000)
+    for _ in range(1000):
+        await here.tend()
+        if not here.store.shares.turns:
+            return
+    raise AssertionError("it was not removed")

@@ -194,8 +194,11 @@ class SqliteSessions:
         return future
 
     def _told(self, operation: str, future: asyncio.Future[object]) -> None:
-        if not future.cancelled() and self._tell_outcome is not None:
-            self._tell_outcome(operation, future.exception())
+        if future.cancelled():
+            return
+        error = future.exception()  # seen, even if nobody watches
+        if self._tell_outcome is not None:
+            self._tell_outcome(operation, error)
 
     async def _read(self, work: Callable[[Reader], T]) -> T:
         return await self._readers.do(work, self._patience)
