@@ -111,22 +111,25 @@ class ChatBridgeStream(ToldStream):
         given = chunk.get("choices")
         choices: list[Any] = given if isinstance(given, list) else []
         for choice in choices:
-            if not isinstance(choice, dict) or choice.get("index") not in (0, None):
-                continue
-            said = choice.get("delta")
-            if said is None:
-                said = choice.get("message")
-            if isinstance(said, dict):
-                self._message(said, choice.get("logprobs"))
-                if len(said) == 1 and len(choices) == 1 and "usage" not in chunk:
-                    self.only = _plain(said, choice)
-            if isinstance(finish := choice.get("finish_reason"), str) and finish:
-                self._finish = finish
-                if finish in _FAILED:
-                    raise declared(choice.get("error") or chunk.get("error"))
-                self.owes = FOR_USAGE
+            if isinstance(choice, dict) and choice.get("index") in (0, None):
+                self._choice(choice, chunk)
+                if len(choices) > 1 or "usage" in chunk:
+                    self.only = None
         if self.owes and self.usage is not None:
             self.owes = FOR_END  # the usage may be said once more: the last one counts
+
+    def _choice(self, choice: dict[str, Any], chunk: dict[str, Any]) -> None:
+        said = choice.get("delta")
+        if said is None:
+            said = choice.get("message")
+        if isinstance(said, dict):
+            self._message(said, choice.get("logprobs"))
+            self.only = _plain(said, choice) if len(said) == 1 else None
+        if isinstance(finish := choice.get("finish_reason"), str) and finish:
+            self._finish = finish
+            if finish in _FAILED:
+                raise declared(choice.get("error") or chunk.get("error"))
+            self.owes = FOR_USAGE
 
     def close(self) -> bytes:
         """See `Stream`."""

@@ -11,7 +11,7 @@ from aiproxy.stores.sqlite_file import VERSION
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
     from aiproxy.sessions import Removal, Turn
 
@@ -189,7 +189,7 @@ class Book:
             self._break(root, key)
             self._remove(owner, root, [(key, size)], None)
 
-    def renew(self, roots: Sequence[int]) -> None:
+    def renew(self, roots: Iterable[int]) -> None:
         """Conversations were continued."""
         now = self._read()
         for root in roots:
