@@ -189,7 +189,8 @@ class Attempts:
         call, envelope = self._call, self._body().copy()
         if call.conversation is not None:
             await call.conversation.place(way)
-        way.spoken.adapt(envelope, way.asked, self._route)
+        work = partial(way.spoken.adapt, envelope, way.asked, self._route)
+        await aside(work, envelope.size)
         rename(way, envelope)
         if way.asked.stream:
             call.stream = way.spoken.stream(way.asked)

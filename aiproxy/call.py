@@ -270,7 +270,8 @@ class Call:
 
     def _delivered(self) -> int:
         if self.answer is not None:
-            return estimate_output(0, len(self.answer.body))
+            told = self.answer.delivered
+            return estimate_output(0, len(self.answer.body)) if told is None else told
         return self.stream.delivered() if self.stream is not None else 0
 
     def _target(self) -> tuple[str, str]:

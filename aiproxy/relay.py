@@ -8,6 +8,7 @@ is slowed down and memory stays bounded.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 SOON = 0.001  # seconds: a limit of 0 would be none
 HOLD = 1.0  # seconds that lifecycle events wait, while another attempt may follow
 MOST_HELD = 64 * 1024  # bytes of them
-PATIENCE = 5.0  # seconds for the usage of an answer that is whole but for it
 TAIL = 1.0  # seconds for an upstream to end the body after its terminal event
 
 
@@ -47,11 +47,9 @@ class Relay:
         self._answer = answer
         self._splitter = Splitter()
         self._idle = idle
-        self._patience = 0.0  # until when the usage is waited for
+        self._patience = math.inf  # until when the usage is waited for
         self._settle = settle
-        self._held: list[
-            bytes
-        ] = []  # lifecycle events, while the upstream may still say that it failed
+        self._held: list[bytes] = []  # lifecycle events, while another attempt may follow
         self._held_size = 0
 
     async def run(self) -> None:
@@ -168,16 +166,19 @@ class Relay:
     async def _chunk(self, answer: Ask) -> bytes:
         """The next bytes; empty also where an answer is whole, and its usage does not come."""
         if not self._stream.owes:
-            self._patience = 0.0
             return await answer.chunk()
-        if not self._patience:
-            self._patience = asyncio.get_running_loop().time() + PATIENCE
+        until = asyncio.get_running_loop().time() + self._stream.owes
+        self._patience = min(self._patience, until)
         self._call.watch.enter("none", 0)  # the answer is whole: it is not late any more
         try:
             async with asyncio.timeout_at(self._patience):
                 return await answer.chunk()
         except TimeoutError:
             return b""
+        except asyncio.CancelledError:
+            if self._call.watch.reason not in ("total", "shutting_down"):
+                raise
+            return b""  # it is whole, though its time is over
 
     async def _ended(self, error: ProxyError) -> None:
         """Nothing more comes from the upstream: an error unless what came is whole."""

@@ -45,7 +45,7 @@ class SessionGate:
 
     Attributes:
         bounds: of what is kept and replayed, as configured.
-        away: the store failed when it was last used.
+        away: the store failed, and once more when that was looked into.
     """
 
     def __init__(self, config: Sessions, *, metrics: Metrics, log: FilteringBoundLogger) -> None:
@@ -54,6 +54,7 @@ class SessionGate:
         self._log = log
         self._timer: asyncio.TimerHandle | None = None
         self.away = False
+        self._doubted: float | None = None  # since when: it failed, and has not written since
         store.watch(self._told)
         self.configure(config)
         metrics.watch_sessions(lambda: store.shares)
@@ -86,8 +87,10 @@ class SessionGate:
         self._timer = asyncio.get_running_loop().call_later(PERIOD, self._tend)
 
     def _tend(self) -> None:
-        self._store.tend(prove=self.away)
-        self.start()
+        try:
+            self._store.tend(prove=self._doubted is not None)
+        finally:  # a fault of one step must not be the end of all expiry
+            self.start()
 
     async def stop(self) -> None:
         """Close the store, after all requests have ended."""
@@ -155,11 +158,11 @@ class SessionGate:
         self._store.pins.remove(head.root)
 
     async def ready(self) -> None:
-        """Refuse a request whose answer is to be kept while the store is away.
+        """Refuse a request whose answer is to be kept if the store has failed and still does.
 
         Its answer would be made, paid for, and lost. A store that works again is found out here.
         """
-        if self.away:
+        if self._doubted is not None:
             with self._operation("check"):
                 await self._store.check()
 
@@ -178,7 +181,7 @@ class SessionGate:
         try:
             yield
         except StoreError as error:
-            self._failed(operation, error)
+            self._failed(operation, error, began)
             if isinstance(error, NoRoomError):
                 raise errors.no_room(str(error)) from None
             if isinstance(error, NotErasedError):
@@ -193,21 +196,34 @@ class SessionGate:
         """What became of something that nobody waited for."""
         if error is None:
             self._done(operation)
-        else:
-            self._failed(operation, error)
+        else:  # a check is made in doubt only, so it began after that
+            self._failed(operation, error, time.monotonic() if operation == "check" else 0.0)
 
     def _done(self, operation: str) -> None:
-        if self.away and operation in _WRITING:
+        if operation not in _WRITING:
+            return
+        self._doubted = None
+        if self.away:
             self.away = False
             self._log.info("sessions available again", store=self.name)
 
-    def _failed(self, operation: str, error: BaseException) -> None:
+    def _failed(self, operation: str, error: BaseException, began: float) -> None:
+        """Something that began then failed. The store is away once one failed that began in doubt.
+
+        What failed for one reason at one time is one failure, and one is none: a balancer that asks
+        whether we are ready would take us out for a moment's lock of the file.
+        """
         self._metrics.store_failed(self.name, operation)
         if isinstance(error, NoRoomError):
             self._log.warning("turn not kept", reason=str(error))
         elif isinstance(error, NotErasedError):
             self._log.warning("deletion not finished", store=self.name, reason=str(error))
-        elif not self.away:
+        elif self._doubted is None:
+            self._doubted = time.monotonic()
+            self._log.warning(
+                "sessions failed", store=self.name, operation=operation, reason=str(error)
+            )
+        elif not self.away and began >= self._doubted:
             self.away = True
             self._log.error(
                 "sessions not available", store=self.name, operation=operation, reason=str(error)

@@ -7,6 +7,7 @@ import pytest
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from aiproxy.dialects import Answer
 from aiproxy.dialects.responses import Responses, ResponsesStream
 from aiproxy.envelope import Envelope
 from aiproxy.errors import ProxyError
@@ -341,7 +342,7 @@ def test_answers(status: str) -> None:
     """A JSON answer counts as its status says, with its usage, byte for byte."""
     body = json.dumps(responses_object(status=status, usage=USAGE)).encode()
     answer = Responses().answer(body, asked(stream=False))
-    assert answer == (body, status, DISJOINT, None, None)
+    assert answer == Answer(body, cast("Any", status), DISJOINT, None)
 
 
 @pytest.mark.parametrize("body", [b"[]", b"{}", b"null", b'{"error": {"message": "no"}}', b"x"])

@@ -132,12 +132,13 @@ KINDS = [
 async def test_a_reference_beside_another_type(
     serve: Serve, upstream: ScriptedUpstream, kinds: bytes
 ) -> None:
-    """An item whose `type` is given twice is a reference if either says so."""
+    """An item whose `type` is given twice is refused: which of them counts differs by reader."""
     proxy = await serve()
     item = b'{%b, "role": "user", "content": "Hi"}' % kinds
     body = b'{"model": "gpt-test", "input": [%b]}' % item
     answer = await proxy.post(PATHS["responses"], body)
-    assert answer.status == 404
+    error = answer.json()["error"]
+    assert (answer.status, error["code"], error["param"]) == (400, "invalid_value", "input[0]")
     assert upstream.requests == []
 
 

@@ -155,7 +155,6 @@ REFERENCES: dict[str, bytes] = {
     "type spelt with an escape": rb'[{"type":"item\u005freference","id":"msg_1"}]',
     "beside a lone surrogate": rb'[%b,{"role":"user","content":"\ud800"}]' % REFERENCE,
     "beside a long number": b'[%b,{"role":"user","content":"x","n":%b}]' % (REFERENCE, b"9" * 5000),
-    "type given twice": b'[{"type":"message","type":"item_reference","id":"msg_1"}]',
     "without a type": b'[{"id":"msg_1"}]',
 }
 

@@ -3,6 +3,7 @@
 import asyncio
 import sqlite3
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from aiproxy.sessions import Content, Head, NotErasedError
+from aiproxy.sessions import Content, Head, NotErasedError, StoreError
 from aiproxy.stores import sqlite
 from aiproxy.stores.sqlite import SqliteSessions
 from aiproxy.stores.sqlite_book import Book
 from aiproxy.stores.sqlite_reader import Reader
-from turns import ALICE, Clock, World, database, files_of, opened
+from turns import ALICE, Clock, World, database, files_of, opened, sqlite_store
 
 CANARY = "ERASED-CANARY-7731"
 
@@ -226,3 +227,21 @@ async def test_h5_an_error_is_no_erasure(file: Path, monkeypatch: pytest.MonkeyP
             await here.put("b")
         assert await store.delete(head) is True
         assert left(file) == []
+
+
+async def test_l6_a_read_that_hangs_keeps_nobody_from_closing(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that never answers is waited for a bounded time at the end."""
+    monkeypatch.setattr(sqlite, "CLOSING", 0.3)
+    store = await asyncio.to_thread(sqlite_store, file, Clock(), 0.2)
+    here = World(store, Clock())
+    head = await here.put("a")
+    goes_on = threading.Event()
+    monkeypatch.setattr(Reader, "content", lambda _reader, _head: goes_on.wait())
+    with pytest.raises(StoreError, match="did not answer"):
+        await store.content(head)
+    began = time.monotonic()
+    await store.close()
+    assert time.monotonic() - began < 2
+    goes_on.set()

@@ -44,6 +44,7 @@ class Asked:
     store: bool = True  # responses: whether the client wants the turn kept
     keep: bool = False  # responses: whether the answer is kept: its end waits for that
     own: dict[str, bytes] = field(default_factory=dict)  # responses: what is ours in the object
+    echo: dict[str, Raw] | None = None  # responses: what of it is, ready made
     clock: Callable[[], float] = field(default=lambda: 0.0)  # seconds since the epoch
     dropped: list[str] = field(default_factory=list)  # tools left out for a bridge
     custom: frozenset[str] = frozenset()  # names of tools that a bridge has made functions of
@@ -78,6 +79,7 @@ class Answer(NamedTuple):
     usage: Usage | None
     reason: Reason | None  # why there is no usage
     produced: Produced | None = None  # responses: what is to be kept
+    delivered: int | None = None  # estimated output tokens; None: as the body's size says
 
 
 class Dialect(ABC):
@@ -148,7 +150,8 @@ class Stream(ABC):
     Attributes:
         over: the terminal event passed; nothing more may follow but what `feed` still lets through.
         whole: what came so far is a complete answer, whether or not more follows.
-        owes: a complete answer came, whose terminal event waits for the usage: see `close`.
+        owes: seconds for which the terminal event of a complete answer is worth waiting for more,
+            its usage that is; then see `close`.
         outcome: how the answer counts, once `whole`.
         begun: an event came that is not of the lifecycle: from then on it is the answer.
         output_started: an event with output (text, reasoning, arguments) passed.
@@ -163,7 +166,7 @@ class Stream(ABC):
         self.asked = asked
         self.over = False
         self.whole = False
-        self.owes = False
+        self.owes = 0.0
         self.outcome: Outcome = "completed"
         self.output_started = False
         self.usage: Usage | None = None

@@ -80,7 +80,10 @@ class Request:
     def get(self, name: str) -> Any:
         """A field, decoded; None where it is not given."""
         raw = self._envelope.raw(name)
-        return None if raw is None else decode(raw)
+        try:
+            return None if raw is None else decode(raw)
+        except (ValueError, RecursionError):
+            raise errors.invalid_type(name, "values that can be read") from None
 
     def unsupported(self, place: str, what: str) -> ProxyError:
         """What this upstream cannot be asked for."""
@@ -122,9 +125,11 @@ class Request:
             if not isinstance(item, dict):
                 raise self.wrong(place, "an object")
             kind = item.get("type")
-            if kind is None:
-                kind = "message" if "role" in item else "item_reference"
-            yield place, str(kind), item
+            if kind is None and "role" in item:
+                kind = "message"
+            elif kind is None and isinstance(item.get("id"), str):
+                kind = "item_reference"
+            yield place, self.text(f"{place}.type", kind), item
 
     def parts(self, place: str, content: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """Place, type and members of each part of a content; a string is one text."""
@@ -213,6 +218,8 @@ class Request:
             if kind == "allowed_tools":
                 allowed = self._allowed(choice)
                 tools = [tool for tool in tools if tool.name in allowed]
+                if allowed and not tools:
+                    raise _missing()
                 choice = choice.get("mode", "auto")
             elif kind in ("function", "custom"):
                 named = self.text("tool_choice.name", choice.get("name"))
@@ -227,9 +234,7 @@ class Request:
             raise errors.invalid_value("tool_choice", "'tool_choice' must be a known mode or tool.")
         missing = named is not None and named not in {tool.name for tool in tools}
         if missing or (choice == "required" and not tools):
-            raise errors.unsupported_parameter(
-                "tool_choice", "'tool_choice' asks for a tool that is not among those sent."
-            )
+            raise _missing()
         return (ToolChoice(choice, named) if tools else None), tools
 
     def _allowed(self, choice: dict[str, Any]) -> set[str]:
@@ -239,7 +244,14 @@ class Request:
         return {str(each.get("name")) for each in given if isinstance(each, dict)}
 
 
+def _missing() -> ProxyError:
+    return errors.unsupported_parameter(
+        "tool_choice", "'tool_choice' asks for a tool that is not among those sent."
+    )
+
+
 LOGPROBS = "message.output_text.logprobs"
+OUTPUTS = ("function_call_output", "custom_tool_call_output")
 TEXTS = frozenset({"input_text", "output_text", "text", "summary_text", "reasoning_text"})
 _KNOWN = frozenset(
     {"input", "instructions", "model", "parallel_tool_calls", "reasoning", "stream", "text"}

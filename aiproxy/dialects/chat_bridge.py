@@ -12,9 +12,11 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 from aiproxy import errors, usage
-from aiproxy.dialects.bridge import Bridge, BridgeStream, declared
+from aiproxy.dialects.bridge import Bridge
 from aiproxy.dialects.chat_request import chat_request
-from aiproxy.dialects.responses_parts import encode
+from aiproxy.dialects.responses_parts import encode, objects
+from aiproxy.dialects.responses_writer import ITEM
+from aiproxy.dialects.told_stream import ToldStream, declared
 
 if TYPE_CHECKING:
     from aiproxy.config import Upstream
@@ -28,6 +30,7 @@ _INCOMPLETE = {
     "max_tokens": "max_output_tokens",
     "content_filter": "content_filter",
 }
+FOR_USAGE, FOR_END = 5.0, 0.5  # seconds that are waited for these after the finish reason
 _FAILED = frozenset({"error", "insufficient_system_resource"})
 
 
@@ -48,28 +51,30 @@ class ChatBridge(Bridge):
 
 
 class _Call:
-    """A call that is open."""
+    """A call that is open; told once its tool is known, a custom tool's once it is whole."""
 
     __slots__ = ("call_id", "custom", "index", "item", "pieces")
 
-    def __init__(self, index: object, call_id: str, item: Item, *, custom: bool) -> None:
+    def __init__(self, index: object, call_id: str) -> None:
         self.index = index
         self.call_id = call_id
-        self.item = item
-        self.custom = custom
-        self.pieces: list[str] = []  # of a custom tool's arguments, until they are whole
+        self.item: Item | None = None
+        self.custom = False
+        self.pieces: list[str] = []  # of arguments that are not told yet
 
 
-class ChatBridgeStream(BridgeStream):
-    """See `BridgeStream`. Whole with a finish reason; the usage may follow it."""
+class ChatBridgeStream(ToldStream):
+    """See `ToldStream`. Whole with a finish reason; the usage may follow it."""
 
     def __init__(self, asked: Asked) -> None:
         super().__init__(asked)
         self._calls: list[_Call] = []
+        self._by_index: dict[int, _Call] = {}
+        self._by_id: dict[str, _Call] = {}
         self._finish: str | None = None
 
     def read(self, name: bytes, data: bytes) -> None:
-        """See `BridgeStream`."""
+        """See `ToldStream`."""
         if data == b"[DONE]":
             if self._finish is not None:
                 self._conclude()
@@ -87,7 +92,7 @@ class ChatBridgeStream(BridgeStream):
         self._chunk(chunk)
 
     def read_answer(self, document: dict[str, Any]) -> None:
-        """See `BridgeStream`."""
+        """See `ToldStream`."""
         if document.get("error") is not None and not document.get("choices"):
             raise declared(document["error"])
         if not _has_message(document.get("choices")):
@@ -106,20 +111,25 @@ class ChatBridgeStream(BridgeStream):
         given = chunk.get("choices")
         choices: list[Any] = given if isinstance(given, list) else []
         for choice in choices:
-            if not isinstance(choice, dict) or choice.get("index") not in (0, None):
-                continue
-            said = choice.get("delta")
-            if said is None:
-                said = choice.get("message")
-            if isinstance(said, dict):
-                self._message(said, choice.get("logprobs"))
-                if len(said) == 1 and len(choices) == 1 and "usage" not in chunk:
-                    self.only = _plain(said, choice)
-            if isinstance(finish := choice.get("finish_reason"), str) and finish:
-                self._finish = finish
-                if finish in _FAILED:
-                    raise declared(choice.get("error") or chunk.get("error"))
-                self.owes = True
+            if isinstance(choice, dict) and choice.get("index") in (0, None):
+                self._choice(choice, chunk)
+                if len(choices) > 1 or "usage" in chunk:
+                    self.only = None
+        if self.owes and self.usage is not None:
+            self.owes = FOR_END  # the usage may be said once more: the last one counts
+
+    def _choice(self, choice: dict[str, Any], chunk: dict[str, Any]) -> None:
+        said = choice.get("delta")
+        if said is None:
+            said = choice.get("message")
+        if isinstance(said, dict):
+            self._message(said, choice.get("logprobs"))
+            self.only = _plain(said, choice) if len(said) == 1 else None
+        if isinstance(finish := choice.get("finish_reason"), str) and finish:
+            self._finish = finish
+            if finish in _FAILED:
+                raise declared(choice.get("error") or chunk.get("error"))
+            self.owes = FOR_USAGE
 
     def close(self) -> bytes:
         """See `Stream`."""
@@ -129,8 +139,7 @@ class ChatBridgeStream(BridgeStream):
 
     def _conclude(self) -> None:
         for call in self._calls:
-            if call.custom:
-                self._tell_custom(call)
+            self._tell(call)
         why = _INCOMPLETE.get(self._finish or "")
         self.conclude("completed" if why is None else "incomplete", why or "")
 
@@ -148,22 +157,20 @@ class ChatBridgeStream(BridgeStream):
         refusal = said.get("refusal")
         if isinstance(refusal, str) and refusal:
             writer.refuse(refusal)
-        for each in said.get("annotations") or ():
+        for each in objects(said.get("annotations")):
             if (citation := _citation(each)) is not None:
                 writer.cite(citation)
-        calls = said.get("tool_calls")
-        for call in calls if isinstance(calls, list) else ():
-            if isinstance(call, dict):
-                self._call(call)
+        for call in objects(said.get("tool_calls")):
+            self._call(call)
+        if isinstance(function := said.get("function_call"), dict):  # of older servers
+            self._call({"index": -1, "function": function})
 
     def _content(self, content: Any, logprobs: Any) -> None:
         """A text; or a list of texts, and of thoughts that are lists again."""
         if isinstance(content, str):
             odds = logprobs.get("content") if isinstance(logprobs, dict) else None
             self.writer.text(content, _logprobs(odds) if odds else None)
-        for part in content if isinstance(content, list) else ():
-            if not isinstance(part, dict):
-                continue
+        for part in objects(content):
             if part.get("type") == "thinking":
                 thoughts = part.get("thinking")
                 for each in thoughts if isinstance(thoughts, list) else [{"text": thoughts}]:
@@ -177,50 +184,68 @@ class ChatBridgeStream(BridgeStream):
         if not isinstance(function, dict):
             function = {}
         name = function.get("name")
+        name = name if isinstance(name, str) else ""
         call = self._known(said.get("index"), said.get("id"), name)
         if call is None:
-            named = name if isinstance(name, str) else ""
-            custom = named in self.asked.custom
-            call_id = said.get("id")
-            if not isinstance(call_id, str) or not call_id:
-                call_id = f"call_{secrets.token_urlsafe(18)}"
-            item = self.writer.call(
-                "custom_tool_call" if custom else "function_call", named, call_id
-            )
-            call = _Call(said.get("index"), call_id, item, custom=custom)
-            self._calls.append(call)
+            call = self._begin(said.get("index"), said.get("id"))
+        if name and call.item is None:
+            self._name(call, name)
         arguments = function.get("arguments")
         if isinstance(arguments, dict | list):  # some servers send the value itself
-            arguments = encode(arguments).decode()
+            arguments = encode(arguments).decode("utf-8", "surrogatepass")
         if not isinstance(arguments, str) or not arguments:
             return
-        if call.custom:
+        if call.item is None or call.custom:
+            self.writer.grow(len(arguments))
             call.pieces.append(arguments)
-            self.writer.size += len(arguments)
         else:
             self.writer.delta(call.item.sinks[0], arguments)
 
-    def _known(self, index: object, call_id: object, name: object) -> _Call | None:
+    def _begin(self, index: object, call_id: object) -> _Call:
+        if not isinstance(call_id, str) or not call_id:
+            call_id = f"call_{secrets.token_urlsafe(18)}"
+        self.writer.grow(ITEM)
+        call = _Call(index, call_id)
+        self._calls.append(call)
+        self._by_id[call_id] = call
+        if type(index) is int:
+            self._by_index[index] = call
+        return call
+
+    def _name(self, call: _Call, name: str) -> None:
+        """It is known which tool is called."""
+        call.custom = name in self.asked.custom
+        kind = "custom_tool_call" if call.custom else "function_call"
+        call.item = self.writer.call(kind, name, call.call_id)
+        if call.pieces and not call.custom:
+            self.writer.delta(call.item.sinks[0], "".join(call.pieces))
+
+    def _known(self, index: object, call_id: object, name: str) -> _Call | None:
         """The open call that is meant; None: it is a new one.
 
         Some servers leave the index out, some give all calls the same one, some repeat the id or
         leave it empty after the first piece.
         """
-        if isinstance(call_id, str) and call_id:
-            for call in self._calls:
-                if call.call_id == call_id:
-                    return call
-            if name or index is None:
-                return None
-        if index is not None:
-            for call in reversed(self._calls):
-                if call.index == index:
-                    return call
-            return None
-        return None if name or not self._calls else self._calls[-1]
+        named = self._by_id.get(call_id) if isinstance(call_id, str) and call_id else None
+        if type(index) is not int:
+            if call_id or name or not self._calls:
+                return named
+            return self._calls[-1]
+        if named is not None and named.index == index:
+            return named
+        call = self._by_index.get(index)
+        other = isinstance(call_id, str) and call_id != "" and name != ""
+        return None if other else call
 
-    def _tell_custom(self, call: _Call) -> None:
-        """The input of a custom tool: it is known once the arguments that hold it are whole."""
+    def _tell(self, call: _Call) -> None:
+        """What of a call is told at the end alone.
+
+        The input of a custom tool is known once the arguments that hold it are whole.
+        """
+        if call.item is None:
+            self._name(call, "")
+        if call.item is None or not call.custom:
+            return
         arguments = "".join(call.pieces)
         document = self.document(arguments.encode("utf-8", "surrogatepass"))
         given = None if document is None else document.get("input")
@@ -233,6 +258,10 @@ def _plain(said: dict[str, Any], choice: dict[str, Any]) -> str | None:
     if not isinstance(text, str) or choice.get("logprobs") or choice.get("finish_reason"):
         return None
     return text or None
+
+
+def _place(value: Any) -> int:
+    return value if type(value) is int else 0
 
 
 def _has_message(choices: Any) -> bool:
@@ -248,34 +277,31 @@ def _written(given: Any) -> int:
 
 
 def _logprobs(given: Any) -> list[dict[str, Any]]:
-    if not isinstance(given, list):
-        return []
     return [
-        {**_odds(each), "top_logprobs": [_odds(top) for top in each.get("top_logprobs") or ()]}
-        for each in given
-        if isinstance(each, dict)
+        {**_odds(each), "top_logprobs": [_odds(top) for top in objects(each.get("top_logprobs"))]}
+        for each in objects(given)
     ]
 
 
 def _odds(each: dict[str, Any]) -> dict[str, Any]:
     token = str(each.get("token", ""))
-    known = each.get("bytes")
+    odds, known = each.get("logprob"), each.get("bytes")
     return {
         "token": token,
-        "logprob": each.get("logprob", 0.0),
-        "bytes": list(token.encode("utf-8", "replace")) if known is None else known,
+        "logprob": odds if isinstance(odds, int | float) else 0.0,
+        "bytes": known if isinstance(known, list) else list(token.encode("utf-8", "replace")),
     }
 
 
-def _citation(each: Any) -> dict[str, Any] | None:
+def _citation(each: dict[str, Any]) -> dict[str, Any] | None:
     """An annotation of a chat message, as the Responses API has it."""
-    cited = each.get("url_citation") if isinstance(each, dict) else None
+    cited = each.get("url_citation")
     if not isinstance(cited, dict):
         return None
     return {
         "type": "url_citation",
         "url": str(cited.get("url", "")),
         "title": str(cited.get("title", "")),
-        "start_index": cited.get("start_index") or 0,
-        "end_index": cited.get("end_index") or 0,
+        "start_index": _place(cited.get("start_index")),
+        "end_index": _place(cited.get("end_index")),
     }

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from aiproxy import errors
-from aiproxy.dialects.bridge_request import LOGPROBS, TEXTS
+from aiproxy.dialects.bridge_request import LOGPROBS, OUTPUTS, TEXTS
 from aiproxy.dialects.responses_parts import CALLS
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ _SAME = (
     "temperature", "top_p", "presence_penalty", "frequency_penalty", "service_tier", "user",
     "safety_identifier", "metadata", "prompt_cache_key", "prompt_cache_retention",
 )  # fmt: skip
-_OUTPUTS = ("function_call_output", "custom_tool_call_output")
 
 
 def chat_request(request: Request, *, send_reasoning: bool) -> dict[str, Any]:
@@ -111,13 +110,13 @@ class _Messages:
         if (instructions := request.get("instructions")) is not None:
             self._leading.append(request.text("instructions", instructions))
         for place, kind, item in request.items():
-            if kind not in _OUTPUTS:
+            if kind not in OUTPUTS:
                 self._show_media()
             if kind == "message":
                 self._message(place, item)
             elif kind in CALLS:
                 self._call(place, kind, item)
-            elif kind in _OUTPUTS:
+            elif kind in OUTPUTS:
                 self._output(place, item)
             elif kind == "reasoning":
                 self._thought += _reasoning(item) if self._send_reasoning else ()

@@ -10,9 +10,10 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 from aiproxy import errors, usage
-from aiproxy.dialects.bridge import Bridge, BridgeStream, declared
+from aiproxy.dialects.bridge import Bridge
 from aiproxy.dialects.messages_request import REDACTED, messages_request
-from aiproxy.dialects.responses_parts import encode
+from aiproxy.dialects.responses_parts import encode, objects
+from aiproxy.dialects.told_stream import ToldStream, declared
 
 if TYPE_CHECKING:
     from aiproxy.config import Route, Upstream
@@ -38,6 +39,11 @@ class MessagesBridge(Bridge):
 
     def bound(self, envelope: Envelope, asked: Asked, route: Route) -> None:
         """See `Bridge`: a maximum is required there."""
+        given = envelope.integer("max_output_tokens")
+        if given is not None and given < 1:
+            raise errors.invalid_value(
+                "max_output_tokens", "'max_output_tokens' must be at least 1 on this model."
+            )
         if asked.declared is None:
             most = route.default_max_tokens
             if route.max_output_tokens is not None:
@@ -68,17 +74,17 @@ class _Block:
         self.signature = ""
 
 
-class MessagesBridgeStream(BridgeStream):
-    """See `BridgeStream`."""
+class MessagesBridgeStream(ToldStream):
+    """See `ToldStream`."""
 
     def __init__(self, asked: Asked) -> None:
         super().__init__(asked)
         self._counts: dict[str, Any] = {}
         self._stop: str | None = None
-        self._blocks: dict[object, _Block] = {}
+        self._blocks: dict[int, _Block] = {}
 
     def read(self, name: bytes, data: bytes) -> None:
-        """See `BridgeStream`. Events of unknown types say nothing (API reference, "Streaming")."""
+        """See `ToldStream`. Events of unknown types say nothing (API reference, "Streaming")."""
         event = self.document(data)
         if event is None:
             raise errors.upstream_error("The upstream sent an event that is not JSON.")
@@ -91,11 +97,11 @@ class MessagesBridgeStream(BridgeStream):
                 message = event.get("message")
                 self._count(message.get("usage") if isinstance(message, dict) else None)
             case "content_block_start":
-                self._start(event.get("index"), event.get("content_block"))
+                self._start(_index(event), event.get("content_block"))
             case "content_block_delta":
-                self._delta(event.get("index"), event.get("delta"))
+                self._delta(_index(event), event.get("delta"))
             case "content_block_stop":
-                self._end(event.get("index"))
+                self._end(_index(event))
             case "message_delta":
                 self._count(event.get("usage"))
                 self._stopped(event.get("delta"))
@@ -103,7 +109,7 @@ class MessagesBridgeStream(BridgeStream):
                 self._conclude()
 
     def read_answer(self, document: dict[str, Any]) -> None:
-        """See `BridgeStream`."""
+        """See `ToldStream`."""
         blocks = document.get("content")
         if not isinstance(blocks, list):
             raise errors.upstream_error("The upstream's answer is not a message.")
@@ -140,7 +146,7 @@ class MessagesBridgeStream(BridgeStream):
 
     # -- blocks
 
-    def _start(self, index: object, given: Any) -> None:
+    def _start(self, index: int, given: Any) -> None:
         if not isinstance(given, dict):
             raise errors.upstream_error("The upstream sent a block that is none.")
         kind = str(given.get("type"))
@@ -151,7 +157,7 @@ class MessagesBridgeStream(BridgeStream):
                 writer.open("message", "output_text")
                 if text := given.get("text"):
                     writer.text(str(text))
-                for each in given.get("citations") or ():
+                for each in objects(given.get("citations")):
                     self._cite(each)
             case "thinking":
                 writer.pause()
@@ -179,7 +185,7 @@ class MessagesBridgeStream(BridgeStream):
         block.item = self.writer.call(kind, name, call_id)
         block.started = given.get("input")
 
-    def _delta(self, index: object, delta: Any) -> None:
+    def _delta(self, index: int, delta: Any) -> None:
         block = self._blocks.get(index)
         if block is None or not isinstance(delta, dict):
             return
@@ -193,17 +199,18 @@ class MessagesBridgeStream(BridgeStream):
         elif not isinstance(text, str) or not text:
             return
         elif delta["type"] == "signature_delta":
+            self.writer.grow(len(text))
             block.signature += text
         elif block.kind == "thinking":
             self.writer.think(text)
-        elif block.item is not None:
+        elif block.kind == "tool_use" and block.item is not None:
             block.pieces.append(text)
             if block.custom:
-                self.writer.size += len(text)
+                self.writer.grow(len(text))
             else:
                 self.writer.delta(block.item.sinks[0], text)
 
-    def _end(self, index: object) -> None:
+    def _end(self, index: int) -> None:
         block = self._blocks.pop(index, None)
         if block is None:
             return
@@ -222,11 +229,13 @@ class MessagesBridgeStream(BridgeStream):
     def _end_call(self, block: _Block, item: Item) -> None:
         """A call's input came by pieces of text, or whole with its start."""
         if block.custom:
-            document = self.document("".join(block.pieces).encode()) if block.pieces else None
+            said = "".join(block.pieces)
+            document = self.document(said.encode("utf-8", "surrogatepass")) if said else None
             given = block.started if document is None else document
             text = given.get("input") if isinstance(given, dict) else None
-            said = "".join(block.pieces)
-            self.writer.delta(item.sinks[0], text if isinstance(text, str) else said)
+            if not isinstance(text, str):
+                text = said or encode(block.started or {}).decode("utf-8", "surrogatepass")
+            self.writer.delta(item.sinks[0], text)
         elif not block.pieces:
             self.writer.delta(item.sinks[0], encode(block.started or {}).decode())
 
@@ -250,6 +259,12 @@ _TEXTS = {
     "input_json_delta": "partial_json",
     "signature_delta": "signature",
 }
+
+
+def _index(event: dict[str, Any]) -> int:
+    """Which block an event is about; where it does not say, the first."""
+    index = event.get("index")
+    return index if type(index) is int else 0
 
 
 def _tier(tier: str) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import re
 from typing import TYPE_CHECKING, Any
 
 from aiproxy import errors
-from aiproxy.dialects.bridge_request import LOGPROBS, TEXTS
-from aiproxy.dialects.responses_parts import CALLS
+from aiproxy.dialects.bridge_request import LOGPROBS, OUTPUTS, TEXTS
+from aiproxy.dialects.responses_parts import CALLS, decode
 
 if TYPE_CHECKING:
     from aiproxy.dialects.bridge_request import Request, Tool, ToolChoice
@@ -25,7 +24,6 @@ _HINTS = ("metadata", "prompt_cache_key", "prompt_cache_retention", "safety_iden
 _TIERS = {"auto": "auto", "default": "standard_only"}
 _EFFORTS = {"minimal": "low"}  # the others have the same names
 _MODES = {"auto": "auto", "none": "none", "required": "any"}
-_OUTPUTS = ("function_call_output", "custom_tool_call_output")
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w=.+-]+)*?;base64,", re.ASCII)
 
 
@@ -65,7 +63,7 @@ def _options(request: Request, body: dict[str, Any]) -> None:
     if LOGPROBS in included:
         raise request.unsupported(f"include[{included.index(LOGPROBS)}]", f"'{LOGPROBS}'")
     if (tier := request.get("service_tier")) is not None:
-        if tier not in _TIERS:
+        if request.text("service_tier", tier) not in _TIERS:
             raise request.unsupported("service_tier", f"'service_tier' {errors.shown(str(tier))!r}")
         body["service_tier"] = _TIERS[tier]
     user = request.get("safety_identifier") or request.get("user")
@@ -75,8 +73,11 @@ def _options(request: Request, body: dict[str, Any]) -> None:
     if effort == "none":
         body["thinking"] = {"type": "disabled"}
     elif effort is not None:
+        effort = request.text("reasoning.effort", effort)
         body["thinking"] = {"type": "adaptive", "display": "summarized"}
         body["output_config"] = {"effort": _EFFORTS.get(effort, effort)}
+    if effort is not None and request.get("thinking") is not None:
+        raise request.unsupported("thinking", "'thinking' beside 'reasoning.effort'")
     _text(request, body)
 
 
@@ -133,7 +134,7 @@ class _Messages:
                 self._message(place, item)
             elif kind in CALLS:
                 self._add("assistant", self._call(place, kind, item))
-            elif kind in _OUTPUTS:
+            elif kind in OUTPUTS:
                 self._add("user", self._result(place, item))
             elif kind == "reasoning":
                 if (thought := _thinking(item)) is not None:
@@ -187,10 +188,13 @@ class _Messages:
 
     def _document(self, at: str, part: dict[str, Any]) -> dict[str, Any]:
         request = self._request
-        given = part.get("file_url")
-        if given is None:
-            given = part.get("file_data")
-        source = self._source(at, request.text(f"{at}.file_data", given))
+        if (url := part.get("file_url")) is not None:
+            source = self._source(at, request.text(f"{at}.file_url", url))
+        else:
+            data = request.text(f"{at}.file_data", part.get("file_data"))
+            if not data.startswith("data:"):
+                raise errors.invalid_value(at, f"'{at}.file_data' must be a data URL in base64.")
+            source = self._source(at, data)
         kind = source.get("media_type")
         if kind == "text/plain":
             source = {"type": "text", "media_type": kind, "data": _plain_text(at, source["data"])}
@@ -240,7 +244,7 @@ def _arguments(text: str) -> Any:
     if not text.strip():
         return {}
     try:
-        found = json.loads(text)
+        found = decode(text.encode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError):
         found = None
     return found if isinstance(found, dict) else {"arguments": text}

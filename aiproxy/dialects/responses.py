@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from aiproxy.envelope import Envelope
     from aiproxy.errors import Outcome, ProxyError
 
-_LIFECYCLE = frozenset({"response.created", "response.queued", "response.in_progress"})
-_TERMINAL: dict[str, Outcome] = {
+LIFECYCLE = frozenset({"response.created", "response.queued", "response.in_progress"})
+TERMINAL: dict[str, Outcome] = {
     "response.completed": "completed",
     "response.incomplete": "incomplete",
     "response.failed": "failed",
@@ -100,7 +100,7 @@ class Responses(Dialect):
         if members is None or not ("output" in members or "status" in members):
             raise errors.upstream_error("The upstream's answer is not a response object.")
         status = value_of(members.get("status"))
-        outcome = _TERMINAL.get(f"response.{status}", "completed")
+        outcome = TERMINAL.get(f"response.{status}", "completed")
         counted, reason = _usage(members)
         object_ = amended(body, members, asked)
         kept = None
@@ -195,7 +195,7 @@ class ResponsesStream(NativeStream):
         named = _TYPE.search(head)
         kind = "" if named is None else named.group(1).decode()
         self._lost = self._lost or kind == _ITEM_DONE
-        return _TERMINAL.get(kind)
+        return TERMINAL.get(kind)
 
     def _output(self, data: bytes) -> None:
         self.tally.count(data)
@@ -226,7 +226,7 @@ class ResponsesStream(NativeStream):
         kind = value_of(event.get("type"))
         if not isinstance(kind, str):
             kind = name.decode("ascii", "replace")
-        if kind in _LIFECYCLE or kind in _TERMINAL:
+        if kind in LIFECYCLE or kind in TERMINAL:
             return self._lifecycle(raw, data, kind, event)
         if kind == _ITEM_DONE:
             item = event.get("item")
@@ -251,10 +251,10 @@ class ResponsesStream(NativeStream):
         ours = amended(theirs, response, self.asked)
         if ours is not theirs:
             raw = sse.with_data(raw, data, with_response(data, event, ours))
-        if kind not in _TERMINAL:
+        if kind not in TERMINAL:
             self._passed(raw, begins=False)
             return raw
-        self.outcome = _TERMINAL[kind]
+        self.outcome = TERMINAL[kind]
         self.usage, self.reason = _usage(response)
         if self.asked.keep and self.outcome in _CONTINUED:
             self.produced = produced(ours, self._gathered)
@@ -287,7 +287,7 @@ class ResponsesStream(NativeStream):
         return b""
 
     def _not_json(self, raw: bytes, name: str, data: bytes) -> bytes:
-        special = name in _LIFECYCLE or name in _TERMINAL or name in (_ITEM_DONE, _ERROR)
+        special = name in LIFECYCLE or name in TERMINAL or name in (_ITEM_DONE, _ERROR)
         if special or SPECIAL_TYPE.search(data):
             return self._broken(name or "lifecycle")
         self._passed(raw)

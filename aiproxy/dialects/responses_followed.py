@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from aiproxy import errors
-from aiproxy.dialects.responses_parts import CALLS, KINDS, PREFIXES
+from aiproxy.dialects.responses_parts import CALLS, KINDS, PREFIXES, OtherPart, Sink, objects
 
 if TYPE_CHECKING:
-    from aiproxy.dialects.responses_parts import Item, Sink
+    from aiproxy.dialects.responses_parts import Item
     from aiproxy.dialects.responses_writer import Beside, Writer
 
 # What the writer itself says in an event.
@@ -28,6 +28,18 @@ def beside(event: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in event.items() if name not in _OWN}
 
 
+def _index(event: dict[str, Any]) -> int | None:
+    """The upstream's count of items."""
+    index = event.get("output_index")
+    return index if type(index) is int else None
+
+
+def _is_part(part: dict[str, Any]) -> bool:
+    """Whether it is a part whose text is told."""
+    kind = KINDS.get(str(part.get("type")))
+    return kind is not None and bool(kind.part)
+
+
 class Followed:
     """The items of one answer."""
 
@@ -35,20 +47,23 @@ class Followed:
         self._writer = writer
         self._by_index: dict[int, Item] = {}  # as the upstream counts
         self._by_id: dict[str, Item] = {}
-        self._nameless: list[Item] = []  # which the upstream gave no id
         self._early: dict[object, dict[str, Any]] = {}  # calls whose names did not come yet
 
     def conclude(self, output: list[Any]) -> None:
         """The whole output: tell what was not told of it."""
-        left = list(self._writer.output)
-        for index, item in enumerate(output):
-            if isinstance(item, dict):
-                known = self._named(item) or self._by_index.get(index) or self._alike(item, left)
-                if known is None or known.type != item.get("type", known.type):
-                    known = self._begin(item, index)
-                elif known in left:
-                    left.remove(known)
-                self._finish(known, item)
+        items = objects(output)
+        found = [self._told(item, index) for index, item in enumerate(items)]
+        taken = {known.index for known in found if known is not None}
+        # Those that neither an id nor an index tells are the same if they are of one type, in turn.
+        left: dict[str, list[Item]] = {}
+        for each in reversed(self._writer.output):
+            if each.index not in taken:
+                left.setdefault(each.type, []).append(each)
+        for index, item in enumerate(items):
+            known = found[index]
+            if known is None and (alike := left.get(str(item.get("type")))):
+                known = alike.pop()
+            self._finish(self._begin(item, index) if known is None else known, item)
         for early in list(self._early.values()):
             self._finish(self._begin(early), early)
 
@@ -57,7 +72,7 @@ class Followed:
         item = event.get("item")
         if not isinstance(item, dict):
             raise errors.upstream_error(f"The upstream sent a {kind} event without an item.")
-        index = event.get("output_index")
+        index = _index(event)
         known = self._named(item) or (self._by_index.get(index) if index is not None else None)
         if known is None and kind.endswith(".done") and index is None:
             known = next((each for each in self._open() if each.type == item.get("type")), None)
@@ -71,17 +86,10 @@ class Followed:
         item_id = item.get("id")
         return self._by_id.get(item_id) if isinstance(item_id, str) else None
 
-    def _alike(self, item: dict[str, Any], told: list[Item]) -> Item | None:
-        """The first of its type, where one of the two has no id of the upstream's."""
-        nameless = not item.get("id")
-        return next(
-            (
-                each
-                for each in told
-                if each.type == item.get("type") and (nameless or each in self._nameless)
-            ),
-            None,
-        )
+    def _told(self, item: dict[str, Any], index: int) -> Item | None:
+        """The one that an item of the whole output is, by its id or its place."""
+        known = self._named(item) or self._by_index.get(index)
+        return known if known is not None and known.type == item.get("type", known.type) else None
 
     def _open(self) -> list[Item]:
         return [each for each in self._writer.output if not each.done]
@@ -89,6 +97,8 @@ class Followed:
     def _begin(self, item: dict[str, Any], index: object = None, beside: Beside = None) -> Item:
         kind = str(item.get("type") or "message")
         item_id = item.get("id")
+        if isinstance(item_id, str) and item_id in self._by_id:
+            item_id = None  # it was of another one, which is done
         more = {name: value for name, value in item.items() if name not in ("id", "type")}
         if kind in PREFIXES:
             for name in ("content", "summary", "arguments", "input"):
@@ -101,8 +111,6 @@ class Followed:
         if type(index) is int:
             self._by_index[index] = known
         self._by_id[known.id] = known
-        if not item_id:
-            self._nameless.append(known)
         if kind in CALLS:
             early = self._early.pop(index, None) or self._early.pop(item_id, None)
             self._fill(known.sinks[0], (early or {}).get(KINDS[kind].member))
@@ -129,33 +137,49 @@ class Followed:
     def _finish_parts(self, known: Item, item: dict[str, Any]) -> None:
         for name in ("summary", "content"):
             given = item.get(name)
-            parts = (
-                [part for part in given if isinstance(part, dict)]
-                if isinstance(given, list)
-                else []
-            )
-            for index, part in enumerate(parts):
-                if part.get("type") in KINDS:
-                    sink = self._numbered(known, str(part["type"]), index)
-                    self._take(sink if sink is not None else self._begin_part(known, part), part)
-                else:
-                    known.others.append(part)
+            if isinstance(given, str):  # some servers know one text alone
+                given = [{"type": "output_text", "text": given}]
+            for index, part in enumerate(objects(given)):
+                self._finish_part(known, part, index)
+
+    def _finish_part(self, known: Item, part: dict[str, Any], index: int) -> None:
+        sink = self._numbered(known, part, index)
+        if isinstance(sink, OtherPart):
+            sink.given = part
+        elif not _is_part(part):
+            known.sinks.append(OtherPart(part))
+        else:
+            self._take(self._begin_part(known, part) if sink is None else sink, part)
 
     # -- parts
 
-    def _numbered(self, item: Item, kind: str, index: object) -> Sink | None:
+    def _numbered(self, item: Item, part: dict[str, Any], index: object) -> Any:
         """A part of an item, by the upstream's count; without one the last of its kind."""
-        number = KINDS[kind].number
+        kind = str(part.get("type"))
+        number = KINDS[kind].number if _is_part(part) else "content_index"
         alike = [each for each in item.sinks if each.names.number == number]
         if type(index) is int:
             return alike[index] if 0 <= index < len(alike) else None
         return next((each for each in reversed(alike) if each.kind == kind and not each.done), None)
 
+    def _other_part(self, event: dict[str, Any], part: dict[str, Any], verb: str) -> None:
+        """Keep a part of a type that is not known in its place."""
+        item = self._where(event, "message", "reasoning")
+        if item is None:
+            return
+        known = self._numbered(item, part, event.get("content_index"))
+        if isinstance(known, OtherPart):
+            known.given = part
+        elif known is None and verb == "added":
+            if (before := item.sink) is not None:
+                self._writer.end_part(before)
+            item.sinks.append(OtherPart(part))
+
     def _where(self, event: dict[str, Any], *kinds: str) -> Item | None:
         """The item that an event is about."""
-        index, item_id = event.get("output_index"), event.get("item_id")
+        index, item_id = _index(event), event.get("item_id")
         known = self._by_id.get(item_id) if isinstance(item_id, str) else None
-        if known is None and type(index) is int:
+        if known is None and index is not None:
             known = self._by_index.get(index)
         if known is None:
             known = next((each for each in reversed(self._open()) if each.type in kinds), None)
@@ -182,12 +206,13 @@ class Followed:
         item = self._where(event, holder)
         if item is None or item.done or item.type != holder:
             named = {"type": holder, "id": event.get("item_id")}
-            item = self._begin(named, event.get("output_index"))
+            item = self._begin(named, _index(event))
         if kind in CALLS:
-            return item.sinks[0]
-        sink = self._numbered(item, kind, event.get(KINDS[kind].number))
-        if sink is not None:
-            return sink
+            call: Sink = item.sinks[0]
+            return call
+        known = self._numbered(item, {"type": kind}, event.get(KINDS[kind].number))
+        if isinstance(known, Sink):
+            return known
         if part is None:
             return self._writer.part(item, kind)
         return self._begin_part(item, part, beside(event))
@@ -201,7 +226,8 @@ class Followed:
     def part(self, verb: str, event: dict[str, Any], part: dict[str, Any]) -> None:
         """A part begins, or is whole."""
         kind = str(part.get("type"))
-        if kind not in KINDS or not KINDS[kind].part:
+        if not _is_part(part):
+            self._other_part(event, part, verb)
             fields = {n: v for n, v in event.items() if n not in ("type", "sequence_number")}
             self._writer.emit(str(event.get("type")), {**fields, **self.place(event)})
             return
@@ -217,10 +243,10 @@ class Followed:
         sink.more = {}  # what it says last of it counts
         for name, value in part.items():
             if name == "annotations":
-                for annotation in (value or ())[len(sink.annotations) :]:
+                for annotation in objects(value)[len(sink.annotations) :]:
                     self._writer.annotate(sink, annotation)
             elif name == "logprobs":
-                sink.logprobs = value or sink.logprobs
+                sink.logprobs = objects(value) or sink.logprobs
             elif name not in ("type", sink.names.member):
                 sink.more[name] = value
 
@@ -234,7 +260,7 @@ class Followed:
         if verb == "delta":
             delta = event.get("delta")
             if isinstance(delta, str):
-                self._writer.delta(sink, delta, event.get("logprobs") or None, more)
+                self._writer.delta(sink, delta, objects(event.get("logprobs")), more)
             return
         self._fill(sink, event.get(sink.names.member))
         sink.beside = more
@@ -243,8 +269,10 @@ class Followed:
 
     def _hear(self, kind: str, event: dict[str, Any]) -> None:
         """Arguments of a call that did not begin: it is told once its tool is known."""
-        index, item_id = event.get("output_index"), event.get("item_id")
-        key = index if type(index) is int else item_id
+        index, item_id = _index(event), event.get("item_id")
+        key = item_id if index is None else index
+        if not isinstance(key, int | str):
+            key = None
         call = self._early.setdefault(key, {"type": kind, "id": item_id, KINDS[kind].member: ""})
         member = KINDS[kind].member
         if isinstance(event.get("delta"), str):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from aiproxy.dialects import Asked
     from aiproxy.dialects.responses_output import Output
+    from aiproxy.envelope import Envelope
 
 # Fields of the request that the response object repeats.
 _ECHO = (
@@ -141,18 +142,28 @@ def skeleton(asked: Asked, now: int) -> dict[str, Any]:
         "safety_identifier": None,
         "prompt_cache_key": None,
     }
-    if asked.envelope is not None:
-        for name in _ECHO:
-            if (raw := asked.envelope.raw(name)) is not None:
-                response[name] = _repeated(name, raw)
+    if asked.echo is not None:
+        response.update(asked.echo)
+    elif asked.envelope is not None:
+        response.update(repeated(asked.envelope))
     return response
 
 
-def _repeated(name: str, raw: bytes) -> object:
+def repeated(envelope: Envelope) -> dict[str, Raw]:
+    """What a response repeats of its request, as JSON on one line.
+
+    It may be large: whoever reads a body beside the event loop makes it there, too.
+    """
+    return {name: _repeated(name, raw) for name in _ECHO if (raw := envelope.raw(name)) is not None}
+
+
+def _repeated(name: str, raw: bytes) -> Raw:
     """A field of the request as the response has it: what was left out there is told here."""
     complete = COMPLETE.get(name)
     value = None if complete is None else value_of(Raw(raw))
-    return on_one_line(raw) if complete is None or value is None else complete(value)
+    if complete is None or value is None:
+        return on_one_line(raw)
+    return Raw(msgspec.json.encode(complete(value)))
 
 
 def _tools(value: Any) -> Any:

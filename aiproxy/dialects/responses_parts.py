@@ -8,7 +8,7 @@ since deltas are most of a stream.
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
@@ -18,26 +18,42 @@ def encode(value: Any) -> bytes:
     try:
         return msgspec.json.encode(value)
     except UnicodeEncodeError:
-        return json.dumps(value, separators=(",", ":"), default=_plain).encode()
+        return _patiently(value)
 
 
 def decode(raw: bytes) -> Any:
     """JSON, which may hold half of a surrogate pair, too.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, or has a number that nobody can count with.
     """
     try:
         return msgspec.json.decode(raw)
     except (msgspec.DecodeError, RecursionError):
-        return json.loads(raw)
+        return json.loads(raw, parse_constant=_refuse_constant)
 
 
-def _plain(value: Any) -> Any:
-    """What only msgspec knows how to write."""
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def objects(value: Any) -> list[dict[str, Any]]:
+    """The objects in a list; whatever an upstream puts in their place is none."""
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def _patiently(value: Any) -> bytes:
+    """The same, value by value: what is JSON already stays as it is."""
     if isinstance(value, msgspec.Raw):
-        return json.loads(bytes(value))
-    raise TypeError(f"cannot be JSON: {type(value).__name__}")
+        return bytes(value)
+    if isinstance(value, dict):
+        members = (b"%b:%b" % (_patiently(name), _patiently(each)) for name, each in value.items())
+        return b"{%b}" % b",".join(members)
+    if isinstance(value, list):
+        return b"[%b]" % b",".join(map(_patiently, value))
+    if isinstance(value, str):
+        return json.dumps(value).encode()
+    return msgspec.json.encode(value)
 
 
 class Kind(NamedTuple):
@@ -94,8 +110,8 @@ class Sink:
         self.more = more
         self.pieces: list[str] = []
         self.beside: dict[str, Any] | None = None
-        self.annotations: list[Any] = list(more.pop("annotations", None) or ())
-        self.logprobs: list[Any] = list(more.pop("logprobs", None) or ())
+        self.annotations: list[Any] = list(objects(more.pop("annotations", None)))
+        self.logprobs: list[Any] = list(objects(more.pop("logprobs", None)))
         self.done = False
         event = f"{names.events}.delta"
         self.head = f'event: {event}\ndata: {{"type":"{event}","sequence_number":'.encode()
@@ -123,6 +139,22 @@ class Sink:
         return {**self.more, **own}
 
 
+class OtherPart:
+    """A part of a type that is not known: it is told as it came."""
+
+    __slots__ = ("done", "given", "kind", "names", "place")
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        self.given = given
+        self.kind = str(given.get("type"))
+        self.names = Kind("", "", "", "content_index")
+        self.done = True
+
+    def part(self, *, empty: bool = False) -> dict[str, Any]:  # noqa: ARG002 - as of a sink
+        """It, as it came."""
+        return self.given
+
+
 class Item:
     """An item of the output.
 
@@ -131,20 +163,18 @@ class Item:
         id: of it.
         index: its place in the output.
         sinks: its parts in order; of a call the one with its arguments.
-        others: parts of unknown types.
         more: its other members.
         status: in_progress until it ends; None: it has none, or its own.
     """
 
-    __slots__ = ("done", "id", "index", "more", "others", "sinks", "status", "type")
+    __slots__ = ("done", "id", "index", "more", "sinks", "status", "type")
 
     def __init__(self, kind: str, item_id: str, index: int, more: dict[str, Any]) -> None:
         self.type = kind
         self.id = item_id
         self.index = index
         self.more = more
-        self.sinks: list[Sink] = []
-        self.others: list[dict[str, Any]] = []
+        self.sinks: list[Any] = []  # Sink or OtherPart
         self.done = False
         self.status = None
         if kind in PREFIXES:
@@ -171,8 +201,7 @@ class Item:
             own["status"] = "in_progress" if empty else self.status
         parts = [] if empty else self.sinks
         if self.type == "message":
-            content = [*(each.part() for each in parts), *self.others]
-            own |= {"role": "assistant", "content": content}
+            own |= {"role": "assistant", "content": [each.part() for each in parts]}
         elif self.type == "reasoning":
             own["summary"] = [each.part() for each in parts if each.kind == "summary_text"]
             content = [each.part() for each in parts if each.kind != "summary_text"]

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from aiproxy import errors, usage
 from aiproxy.dialects import value_of
-from aiproxy.dialects.bridge import BridgeStream, declared
-from aiproxy.dialects.responses import SPECIAL_TYPE, Responses
+from aiproxy.dialects.responses import LIFECYCLE, SPECIAL_TYPE, TERMINAL, Responses
 from aiproxy.dialects.responses_followed import Followed, beside
-from aiproxy.dialects.responses_object import COMPLETE
+from aiproxy.dialects.responses_object import COMPLETE, repeated
 from aiproxy.dialects.responses_parts import KINDS
+from aiproxy.dialects.told_stream import ToldStream, declared
 
 if TYPE_CHECKING:
     from aiproxy.config import Route
@@ -24,12 +24,6 @@ if TYPE_CHECKING:
     from aiproxy.envelope import Envelope
     from aiproxy.errors import Outcome, ProxyError
 
-_LIFECYCLE = ("response.created", "response.queued", "response.in_progress")
-_TERMINAL: dict[str, Outcome] = {
-    "response.completed": "completed",
-    "response.incomplete": "incomplete",
-    "response.failed": "failed",
-}
 _SINKS = {kind.events: name for name, kind in KINDS.items()}
 _PARTS = ("response.content_part", "response.reasoning_summary_part")
 _CODES = frozenset({"server_error", "rate_limit_exceeded", "invalid_prompt"})
@@ -40,7 +34,7 @@ class RepairedResponses(Responses):
 
     def adapt(self, envelope: Envelope, asked: Asked, route: Route) -> None:  # noqa: ARG002 - the protocol's shape
         """See `Dialect`."""
-        asked.envelope = envelope  # for what a response repeats of it, also a JSON one
+        asked.envelope, asked.echo = None, repeated(envelope)
 
     def answer(self, body: bytes, asked: Asked) -> Answer:
         """See `Dialect`."""
@@ -51,12 +45,14 @@ class RepairedResponses(Responses):
         return RepairedStream(asked)
 
 
-class RepairedStream(BridgeStream):
-    """See `BridgeStream`."""
+class RepairedStream(ToldStream):
+    """See `ToldStream`."""
 
     def __init__(self, asked: Asked) -> None:
         super().__init__(asked)
         self._followed: Followed | None = None
+        self._most = value_of((asked.echo or {}).get("max_output_tokens"))
+        self._identified = False  # the upstream has told its id
         self._declared: ProxyError | None = None
 
     @property
@@ -71,7 +67,7 @@ class RepairedStream(BridgeStream):
         return self._declared
 
     def read(self, name: bytes, data: bytes) -> None:
-        """See `BridgeStream`."""
+        """See `ToldStream`."""
         if data == b"[DONE]":
             return
         event = self.document(data)
@@ -81,12 +77,12 @@ class RepairedStream(BridgeStream):
         kind = event.get("type")
         if not isinstance(kind, str):
             kind = name.decode("ascii", "replace")
-        if kind in _LIFECYCLE:
+        if kind in LIFECYCLE:
             self._lifecycle(kind, event.get("response"), beside(event))
             return
         self.writer.created()
-        if kind in _TERMINAL:
-            self._end(_TERMINAL[kind], event.get("response"), beside(event))
+        if kind in TERMINAL:
+            self._end(TERMINAL[kind], event.get("response"), beside(event))
         elif kind.startswith("response.output_item."):
             self.items.item(kind, event)
         elif kind == "response.output_text.annotation.added":
@@ -102,7 +98,7 @@ class RepairedStream(BridgeStream):
         if not data.strip():
             return
         kind = name.decode("ascii", "replace")
-        special = kind in (*_LIFECYCLE, *_TERMINAL, "response.output_item.done", "error")
+        special = kind in (*LIFECYCLE, *TERMINAL, "response.output_item.done", "error")
         if special or SPECIAL_TYPE.search(data):
             raise errors.upstream_error("The upstream sent an event that is not JSON.")
         self.writer.created()
@@ -118,6 +114,8 @@ class RepairedStream(BridgeStream):
             fields = {name: value for name, value in event.items() if name != "sequence_number"}
             if "item_id" in event or "output_index" in event:
                 fields |= self.items.place(event)
+            if isinstance(response := event.get("response"), dict):
+                fields["response"] = {**response, **self._ours()}
             self.writer.emit(kind, {name: v for name, v in fields.items() if name != "type"})
 
     # -- the response
@@ -134,19 +132,27 @@ class RepairedStream(BridgeStream):
             writer.created()
             writer.lifecycle(kind, more)
 
+    def _ours(self) -> dict[str, Any]:
+        """What in a response object is not the upstream's to say."""
+        names = [*self.asked.own, *(("model",) if self.asked.renamed else ())]
+        return {name: self.writer.response[name] for name in names}
+
     def _say(self, response: dict[str, Any]) -> None:
         """Take what an upstream says of the response, as far as it may be said."""
-        own = {"output", "usage", "status", *self.asked.own}
+        own = {"object", "output", "usage", "status", *self.asked.own}
         if self.asked.renamed:
             own.add("model")
         if self.writer.begun:
             own.add("created_at")  # another one was told
         known = self.writer.response
+        self._identified = self._identified or isinstance(response.get("id"), str)
         for name, value in response.items():
             if name in own or (value is None and known.get(name) is not None):
                 continue
-            if name in ("created_at", "completed_at") and isinstance(value, float):
-                value = int(value)  # noqa: PLW2901 - some give the fraction of a second, too
+            if name in ("created_at", "completed_at"):
+                value = _seconds(value)  # noqa: PLW2901 - some give the fraction of one, too
+                if value is None:
+                    continue
             complete = COMPLETE.get(name)
             known[name] = value if complete is None else complete(value)
 
@@ -168,11 +174,12 @@ class RepairedStream(BridgeStream):
         if outcome == "failed":
             writer.response["error"] = _error(response.get("error"))
         self.conclude(outcome, str(why or "max_output_tokens"), more)
+        if self.produced is not None and "id" not in self.asked.own and not self._identified:
+            self.produced = None  # nobody could go on from an id that the upstream does not know
 
     def _is_cut(self) -> bool:
         """Whether an answer has all the tokens that it may have: some call that completed."""
-        most = self.writer.response["max_output_tokens"]
-        most = most if isinstance(most, int) else value_of(most)
+        most = self._most
         return type(most) is int and self.usage is not None and 0 < most <= self.usage.total_output
 
     def _count(self, given: Any) -> None:
@@ -183,13 +190,16 @@ class RepairedStream(BridgeStream):
             return
         for name, value in given.items():
             if isinstance(shown.get(name), dict):
-                shown[name] |= value if isinstance(value, dict) else {}
+                details = value if isinstance(value, dict) else {}
+                shown[name] |= {n: each for n, each in details.items() if each is not None}
             elif value is not None:
                 shown[name] = value
 
     def _failure(self, event: dict[str, Any]) -> None:
         inner = event.get("error")
-        said = {**inner, **event} if isinstance(inner, dict) else event
+        said = {name: value for name, value in event.items() if value is not None}
+        if isinstance(inner, dict):
+            said = {**inner, **said}
         self._declared = declared(said)
         code = said.get("code")
         self.writer.emit(
@@ -202,18 +212,29 @@ class RepairedStream(BridgeStream):
         )
 
     def read_answer(self, document: dict[str, Any]) -> None:
-        """See `BridgeStream`."""
+        """See `ToldStream`."""
         if "output" not in document and "status" not in document:
             raise errors.upstream_error("The upstream's answer is not a response object.")
         status = document.get("status")
-        self._end(_TERMINAL.get(f"response.{status}", "completed"), document)
+        outcome = TERMINAL.get(f"response.{'completed' if status is None else status}")
+        if outcome is None:
+            raise errors.upstream_error("The upstream's answer is not finished.")
+        self._end(outcome, document)
+
+
+def _seconds(value: Any) -> int | None:
+    """A time in whole seconds; None for what is none."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**53
+    return int(value) if known else None
 
 
 def _error(given: Any) -> dict[str, str]:
     """The error of a failed response: its code is one of a closed list."""
     error = declared(given)
     code = given.get("code") if isinstance(given, dict) else None
-    if code in _CODES:
-        return {"code": str(code), "message": error.message}
+    if error.code == "upstream_credential":
+        return error.response_error()
+    if isinstance(code, str) and code in _CODES:
+        return {"code": code, "message": error.message}
     said = error.message if code is None else f"[{code}] {error.message}"
     return {"code": error.response_error()["code"], "message": said}

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from aiproxy.errors import Outcome, ProxyError
 
 MAX_OUTPUT = 16 * 1024 * 1024  # bytes of an answer that is gathered; endless ones end there
+MAX_ITEMS = 1024  # of one answer
+ITEM = 256  # bytes that an item counts besides its text
 
 
 Beside = dict[str, Any] | None  # what an upstream's own event said besides: it stays
@@ -51,7 +53,8 @@ class Writer:
         self._out: list[bytes] = []
         self._sequence = 0
         self._begun = False
-        self._open: list[Item] = []
+        self._gathered = 0
+        self._open: dict[int, Item] = {}  # by their places
         self._speaker: Item | None = None  # the message or reasoning that is open
 
     # -- what is to be sent
@@ -121,11 +124,10 @@ class Writer:
         self.begin()
         status = str(outcome)
         if outcome != "failed":  # whose output is what was whole by then
-            for item in list(self._open):
+            for item in list(self._open.values()):
                 self.end(item, status)
         self.response["status"] = status
-        if outcome == "incomplete":
-            self.response["incomplete_details"] = {"reason": why}
+        self.response["incomplete_details"] = {"reason": why} if outcome == "incomplete" else None
         if outcome != "completed":
             self.response["completed_at"] = None
         elif self.response["completed_at"] is None:
@@ -134,6 +136,11 @@ class Writer:
     def terminal(self, beside: Beside = None) -> None:
         """The event that ends the answer."""
         self.lifecycle(f"response.{self.response['status']}", beside)
+
+    def unsay(self) -> None:
+        """The terminal event was made, but not sent: another one takes its place."""
+        self._sequence -= 1
+        self.response |= {"completed_at": None, "incomplete_details": None}
 
     def fail(self, error: ProxyError) -> None:
         """The answer ends here with what is finished of it."""
@@ -153,10 +160,13 @@ class Writer:
     def add(self, kind: str, more: Beside = None, item_id: str = "", beside: Beside = None) -> Item:
         """Begin an item; `more`: its other members."""
         index = len(self.output)
+        if index >= MAX_ITEMS:
+            raise errors.upstream_error("The upstream's answer has too many items.")
+        self.grow(ITEM)
         item_id = item_id or f"{PREFIXES.get(kind, 'item')}_{self.id.removeprefix('resp_')}_{index}"
         item = Item(kind, item_id, index, {} if more is None else more)
         self.output.append(item)
-        self._open.append(item)
+        self._open[index] = item
         if kind not in CALLS:
             self._speaker = item
         self.emit(
@@ -195,9 +205,9 @@ class Writer:
         sink.pieces.append(text)
         self.deltas += bool(text)
         self.size += len(data) - 2
-        if self.size > MAX_OUTPUT:
-            raise errors.upstream_error("The upstream's answer is too large.")
+        self.grow(len(data))
         if logprobs:
+            self.grow(len(encode(logprobs)))
             sink.logprobs += logprobs
         elif not beside:
             if self._events:
@@ -212,9 +222,20 @@ class Writer:
             fields["logprobs"] = logprobs or []
         self.emit(f"{sink.names.events}.delta", fields, beside)
 
+    def grow(self, size: int) -> None:
+        """So many more bytes are gathered.
+
+        Raises:
+            ProxyError: they are too many.
+        """
+        self._gathered += size
+        if self._gathered > MAX_OUTPUT:
+            raise errors.upstream_error("The upstream's answer is too large.")
+
     def annotate(self, sink: Sink, annotation: Any, beside: Beside = None) -> None:
         """A source of what a text says."""
         place = {**sink.place, "annotation_index": len(sink.annotations)}
+        self.grow(len(encode(annotation)))
         sink.annotations.append(annotation)
         fields = {**place, "annotation": annotation}
         self.emit("response.output_text.annotation.added", fields, beside)
@@ -240,7 +261,7 @@ class Writer:
         item.done = True
         if item.status is not None:
             item.status = status
-        self._open.remove(item)
+        del self._open[item.index]
         if self._speaker is item:
             self._speaker = None
         fields = {"output_index": item.index, "item": item.encoded()}

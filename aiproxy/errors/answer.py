@@ -95,15 +95,16 @@ class ProxyError(Exception):
 
     def frame(self, shape: Shape) -> dict[str, object]:
         """The error object as it stands in an answer or in a stream's terminal frame."""
+        message = _encodable(self.message)
         if shape == "anthropic":
             kind = _ANTHROPIC_TYPES.get(self.status, "api_error")
-            return {"type": "error", "error": {"type": kind, "message": self.message}}
+            return {"type": "error", "error": {"type": kind, "message": message}}
         return {
             "error": {
-                "message": self.message,
-                "type": self.kind,
-                "param": self.param,
-                "code": self.code,
+                "message": message,
+                "type": _encodable(self.kind),
+                "param": None if self.param is None else _encodable(self.param),
+                "code": None if self.code is None else _encodable(self.code),
             }
         }
 
@@ -118,7 +119,12 @@ class ProxyError(Exception):
             code = "invalid_prompt"
         else:
             code = SERVER
-        return {"code": code, "message": f"[{self.code or self.kind}] {self.message}"}
+        return {"code": code, "message": _encodable(f"[{self.code or self.kind}] {self.message}")}
+
+
+def _encodable(text: str) -> str:
+    """An upstream's text may hold half of a surrogate pair, which cannot be sent."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def shown(text: str) -> str:

@@ -1,11 +1,14 @@
-"""Conversations in this process; a restart forgets them. What is stored never exceeds its bound."""
+"""Conversations in this process; a restart forgets them. What is stored never exceeds its bound.
+
+A bound that is lowered is come to step by step, while turns are put and nothing grows.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import OrderedDict
 from dataclasses import replace
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from aiproxy.aside import aside
@@ -17,7 +20,8 @@ if TYPE_CHECKING:
 
     from aiproxy.sessions import Content, Item, Removal, Turn
 
-STEP = 1000  # turns that expire at a time
+STEP = 256  # turns that go at a time: the event loop waits for them
+PAUSE = 0.002  # seconds between such steps while there are more
 
 
 class _Record:
@@ -68,9 +72,12 @@ class MemorySessions:
         self._last_key = 0
         self._emptied: list[_Conversation] = []  # in use without a turn
         self._ids: dict[str, dict[str, _Record]] = {}  # response id, owner
-        self._items: dict[tuple[str, str], list[tuple[_Record, Item]]] = {}  # owner, item id
+        # By owner and item id, of each turn by its key, in the order in which they were put.
+        self._items: dict[tuple[str, str], dict[int, tuple[_Record, Item]]] = {}
         # Of each owner by root, the least recently used first.
         self._conversations: dict[str, OrderedDict[int, _Conversation]] = {}
+        self._by_use: OrderedDict[int, _Conversation] = OrderedDict()  # of all, by root
+        self._timer: asyncio.TimerHandle | None = None
 
     def open(self) -> None:
         """See `SessionStore`."""
@@ -78,7 +85,8 @@ class MemorySessions:
     def configure(self, *, ttl: float, max_bytes: int) -> None:
         """See `SessionStore`."""
         self._ttl, self._max_bytes = ttl, max_bytes
-        self._make_room(None)
+        if self.shares.size > max_bytes:
+            self._step()
 
     def watch(self, told: Callable[[str, BaseException | None], None]) -> None:
         """See `SessionStore`. Nothing fails here."""
@@ -99,7 +107,7 @@ class MemorySessions:
         """See `SessionStore`."""
         found = {}
         for item_id in item_ids:
-            for record, item in reversed(self._items.get((owner, item_id), ())):
+            for record, item in reversed(self._items.get((owner, item_id), {}).values()):
                 if not self._expired(record.conversation):
                     head = record.head
                     found[item_id] = Found(
@@ -142,17 +150,25 @@ class MemorySessions:
 
     async def put(self, turn: Turn) -> None:
         """See `SessionStore`."""
-        self._last_key += 1
-        key, parent = self._last_key, turn.parent
-        root = key if parent is None else parent.root
+        parent, pins = turn.parent, self.pins
         self._check_room(turn)
-        if (known := self._ids.get(turn.id, {}).get(turn.owner)) is not None:
-            self._remove(known, None)
+        if parent is None:
+            await self._clear(turn)
+        else:
+            pins.add(parent.root)
+            try:
+                await self._clear(turn)
+            finally:
+                pins.remove(parent.root)
+        self._last_key += 1
+        key = self._last_key
+        root = key if parent is None else parent.root
         before = None if parent is None else self._record(turn.owner, root, parent.key)
         conversations = self._conversations.setdefault(turn.owner, OrderedDict())
         conversation = conversations.get(root)
         if conversation is None:
             conversation = conversations[root] = _Conversation(turn.owner, root)
+            self._by_use[root] = conversation
         head = Head(
             turn.id, key, root, None if parent is None else parent.key, turn.owner, turn.depth,
             turn.path_size, turn.tokens, turn.created, turn.model, turn.upstream, turn.held,
@@ -160,13 +176,21 @@ class MemorySessions:
         )  # fmt: skip
         record = _Record(turn, head, before, conversation)
         self._renew(conversation)
-        self._make_room(conversation, turn.size)
         conversation.turns[key] = record
         conversation.size += record.size
         self.shares.add(turn.owner, record.size)
         self._ids.setdefault(turn.id, {})[turn.owner] = record
         for item in turn.items:
-            self._items.setdefault((turn.owner, item.id), []).append((record, item))
+            self._items.setdefault((turn.owner, item.id), {})[key] = record, item
+
+    async def _clear(self, turn: Turn) -> None:
+        """Remove the turn that this one takes the place of, and what has to give way to it."""
+        if (known := self._ids.get(turn.id, {}).get(turn.owner)) is not None:
+            self._remove(known, None)
+        before = self.shares.size
+        while not self._make_room(max(self._max_bytes, before), turn):
+            await asyncio.sleep(0)
+            self._check_room(turn)
 
     def _check_room(self, turn: Turn) -> None:
         """Refuse a turn that cannot stay. Changes nothing."""
@@ -194,26 +218,43 @@ class MemorySessions:
 
     def tend(self, *, prove: bool = False) -> None:  # noqa: ARG002 - it always can
         """See `SessionStore`."""
-        left = STEP
         waiting, self._emptied = self._emptied, []
         for conversation in waiting:
             if conversation.root in self.pins:
                 self._emptied.append(conversation)
             elif not conversation.turns:
                 self._close_conversation(conversation)
-        for conversations in list(self._conversations.values()):
-            for oldest in list(islice(conversations.values(), left)):
-                if oldest.root in self.pins:
-                    continue
-                if not self._expired(oldest):
-                    break
-                left -= len(oldest.turns)
-                self._drop(oldest, "ttl")
-                if left <= 0:
-                    return
+        self._step()
+
+    def _step(self) -> None:
+        """Remove some of what has expired or must give way, and go on with the rest soon."""
+        self._stop()
+        due, left = [], STEP
+        for conversation in self._by_use.values():
+            if conversation.root in self.pins:
+                continue
+            if left <= 0 or not self._expired(conversation):
+                break
+            due.append(conversation)
+            left -= max(1, len(conversation.turns))
+        for conversation in due:
+            self._drop(conversation, "ttl")
+        if left > 0 and self._make_room(self._max_bytes, None, left):
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # `tend` will go on
+            return
+        self._timer = loop.call_later(PAUSE, self._step)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     async def close(self) -> None:
         """See `SessionStore`."""
+        self._stop()
 
     # -- within
 
@@ -230,30 +271,38 @@ class MemorySessions:
     def _renew(self, conversation: _Conversation) -> None:
         conversation.used = max(conversation.used, self._read())
         self._conversations[conversation.owner].move_to_end(conversation.root)
+        self._by_use.move_to_end(conversation.root)
 
-    def _make_room(self, kept: _Conversation | None, size: int = 0) -> None:
-        """Evict until `size` more bytes fit, but not the conversation that they are of."""
+    def _make_room(self, bound: int, turn: Turn | None, most: int = STEP) -> bool:
+        """Evict until a turn fits, but not its conversation, and little more than `most` turns.
+
+        False: there is more to evict.
+        """
         shares = self.shares
-        if kept is not None:
-            shares.add(kept.owner, size)
+        if turn is not None:
+            shares.add(turn.owner, turn.size)
         try:
-            while shares.size > self._max_bytes:
-                owner = shares.largest()
-                victim = self._victim(owner or "", kept)
+            while shares.size > bound:
+                if most <= 0:
+                    return False
+                victim = self._victim(shares.largest() or "", turn)
                 if victim is None:
                     break
+                most -= max(1, len(victim.turns))
                 self._drop(victim, "size")
         finally:
-            if kept is not None:
-                shares.remove(kept.owner, size, None)
+            if turn is not None:
+                shares.remove(turn.owner, turn.size, None)
+        return True
 
-    def _victim(self, owner: str, kept: _Conversation | None) -> _Conversation | None:
+    def _victim(self, owner: str, turn: Turn | None) -> _Conversation | None:
         """The least recently used one; those in use come after all others."""
+        kept = None if turn is None or turn.parent is None else turn.parent.root
         last = None
-        for each in self._conversations.get(owner, {}).values():
-            if each is kept:
+        for root, each in self._conversations.get(owner, {}).items():
+            if root == kept:
                 continue
-            if each.root not in self.pins:
+            if root not in self.pins:
                 return each
             last = last or each
         return last
@@ -290,13 +339,13 @@ class MemorySessions:
         if not owners:
             del self._ids[head.id]
         for item in record.items:
-            known = self._items[head.owner, item.id]
-            known[:] = [pair for pair in known if pair[0] is not record]
+            known = self._items.get((head.owner, item.id), {})
+            known.pop(head.key, None)  # a turn may have an id twice
             if not known:
-                del self._items[head.owner, item.id]
+                self._items.pop((head.owner, item.id), None)
 
     def _close_conversation(self, conversation: _Conversation) -> None:
         conversations = self._conversations[conversation.owner]
-        del conversations[conversation.root]
+        del conversations[conversation.root], self._by_use[conversation.root]
         if not conversations:
             del self._conversations[conversation.owner]

@@ -23,7 +23,7 @@ from aiproxy.stores.sqlite_readers import Readers
 from aiproxy.stores.sqlite_writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from aiproxy.sessions import Content, Delta, Found, Head, Turn
@@ -65,6 +65,8 @@ class SqliteSessions:
         self._readers: Readers
         # Deleted, and nobody was told that it is done: who asks again is. By owner and id.
         self._untold: OrderedDict[tuple[str, str], Head] = OrderedDict()
+        self._used: set[int] = set()  # roots of conversations that are not renewed yet
+        self._renewing: asyncio.Future[object] | None = None
         self._tending: asyncio.Future[object] | None = None
         self._tell_outcome: Callable[[str, BaseException | None], None] | None = None
 
@@ -168,10 +170,23 @@ class SqliteSessions:
             return
         if prove:
             self._tell("check", Book.check)
+        self._renew(())
         self._tending = self._tell("tend", Book.tend)
 
-    def _renew(self, roots: Sequence[int]) -> None:
-        self._tell("renew", lambda book: book.renew(roots))
+    def _renew(self, roots: Iterable[int]) -> None:
+        """Have conversations renewed some time: those of one commit with the next one."""
+        self._used.update(roots)
+        if self._renewing is None and self._used:
+            used, self._used = self._used, set()
+            self._renewing = self._tell("renew", lambda book: book.renew(used))
+            self._renewing.add_done_callback(partial(self._renewed, used))
+
+    def _renewed(self, used: set[int], future: asyncio.Future[object]) -> None:
+        self._renewing = None
+        if future.cancelled() or future.exception() is not None:
+            self._used |= used  # with the next one: not at once, while it cannot be done
+        else:
+            self._renew(())
 
     def _tell(self, operation: str, work: Callable[[Book], object]) -> asyncio.Future[object]:
         future = self._writer.tell(work)
@@ -179,8 +194,11 @@ class SqliteSessions:
         return future
 
     def _told(self, operation: str, future: asyncio.Future[object]) -> None:
-        if not future.cancelled() and self._tell_outcome is not None:
-            self._tell_outcome(operation, future.exception())
+        if future.cancelled():
+            return
+        error = future.exception()  # seen, even if nobody watches
+        if self._tell_outcome is not None:
+            self._tell_outcome(operation, error)
 
     async def _read(self, work: Callable[[Reader], T]) -> T:
         return await self._readers.do(work, self._patience)
@@ -190,6 +208,8 @@ class SqliteSessions:
 
     async def close(self) -> None:
         """See `SessionStore`."""
+        if (used := self._used) and self._book is not None:
+            self._tell("renew", lambda book: book.renew(used))
         await asyncio.get_running_loop().run_in_executor(None, self._close)
 
     def _close(self) -> None:

@@ -11,11 +11,13 @@ from aiproxy.stores.sqlite_file import VERSION
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
     from aiproxy.sessions import Removal, Turn
 
 STEP = 64  # turns that are removed in one transaction
+MOST_OWED = 64 * 1024 * 1024  # bytes over its bound that the file may take for a moment
+GIVING_WAY = 0.25  # seconds of a transaction in which others give way to what it has put
 FIRST = -1.0  # `used` of a conversation that is being removed: before all others
 _GONE: tuple[Removal, ...] = ("deleted", "ttl", "size")  # by the value of `gone`; 0: it is not
 
@@ -69,6 +71,8 @@ class Book:
         self.deleted = False
         self._undo: list[Callable[[], object]] = []  # what the transaction has changed here
         self._last_key = 0
+        self._owed = 0  # bytes that were put beyond the bound, and nothing has given way to
+        self._owed_before = 0
         self.stale = True  # as a crash may have left it
         self._load()
 
@@ -88,6 +92,7 @@ class Book:
     def begin(self) -> None:
         """Begin a transaction; waits for others that have the file locked."""
         self._execute("BEGIN IMMEDIATE")
+        self._owed_before = self._owed
 
     def commit(self) -> None:
         """Make durable what was done."""
@@ -98,6 +103,7 @@ class Book:
         """Undo what was done."""
         while self._undo:
             self._undo.pop()()
+        self._owed = self._owed_before
         if self._connection.in_transaction:
             self._execute("ROLLBACK")
 
@@ -117,6 +123,11 @@ class Book:
             self.stale = bool(busy)
         finally:
             self._execute(f"PRAGMA busy_timeout = {int(self._patience * 1000)}")
+
+    @property
+    def crowded(self) -> bool:
+        """No more is to be put until others have given way."""
+        return self._owed > min(MOST_OWED, self.bounds.max_bytes // 8)
 
     # -- changes
 
@@ -145,7 +156,8 @@ class Book:
             ))  # fmt: skip
         self.shares.add(owner, turn.size)
         self._undo.append(partial(self.shares.remove, owner, turn.size, None))
-        if self.shares.size > self.bounds.max_bytes:
+        if (over := self.shares.size - self.bounds.max_bytes) > 0:
+            self._owed += min(turn.size, over)
             self.more = True
 
     def _is_whole(self, parent: Head) -> bool:
@@ -177,7 +189,7 @@ class Book:
             self._break(root, key)
             self._remove(owner, root, [(key, size)], None)
 
-    def renew(self, roots: Sequence[int]) -> None:
+    def renew(self, roots: Iterable[int]) -> None:
         """Conversations were continued."""
         now = self._read()
         for root in roots:
@@ -227,6 +239,8 @@ class Book:
         else:
             self._execute("DELETE FROM conversations WHERE id = ? AND turns <= 0", (root,))
         self.shares.remove(owner, size, reason, len(turns))
+        over = max(0, self.shares.size - self.bounds.max_bytes)
+        self._owed = min(over, max(0, self._owed - size))
         self._undo.append(partial(self.shares.restore, owner, size, reason, len(turns)))
         self.stale = True
 
@@ -239,6 +253,7 @@ class Book:
     def tend(self, most: int = STEP) -> None:
         """Remove what has expired or must give way, `most` turns of it at a time.
 
+        More of it if less has given way than was put: over its bound the file does not grow.
         `more` says whether there may be more to do at once.
         """
         self.more = False
@@ -246,13 +261,15 @@ class Book:
             self._execute("DELETE FROM conversations WHERE id = ? AND turns <= 0", (root,))
             self._emptied.discard(root)
             self._undo.append(partial(self._emptied.add, root))
-        while most > 0:
+        until = time.monotonic() + GIVING_WAY
+        while most > 0 or (self._owed and time.monotonic() < until):
             found = self._due()
             if found is None:
+                self._owed = 0
                 # What was removed is out of the way: its traces can go, too.
                 self.deleted = self.deleted or self.stale
                 return
-            most -= self._shrink(*found, most)
+            most -= self._shrink(*found, most if most > 0 else STEP)
         self.more = True
 
     def _due(self) -> tuple[int, str, Removal] | None:

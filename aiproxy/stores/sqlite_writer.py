@@ -84,6 +84,8 @@ class Writer:
         book, ends = self._book, False
         while not ends:
             jobs, ends = self._gather()
+            while book.crowded and book.more:
+                self._write([])
             if jobs or book.more:
                 self._write(jobs)
             if book.deleted or self._erasing:

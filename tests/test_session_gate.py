@@ -1,0 +1,124 @@
+"""The door to the store of sessions: when the store is away, and that what is due goes on."""
+
+import asyncio
+from unittest.mock import Mock
+
+import pytest
+
+from aiproxy import session_gate
+from aiproxy.config import Sessions
+from aiproxy.errors import ProxyError
+from aiproxy.session_gate import SessionGate
+from aiproxy.sessions import StoreError, Turn
+from aiproxy.stores.memory_sessions import MemorySessions
+from turns import turn
+
+
+@pytest.fixture
+def gate() -> SessionGate:
+    """Return a door to a store in memory."""
+    return SessionGate(Sessions(), metrics=Mock(), log=Mock())
+
+
+async def test_l3_what_is_due_goes_on_after_a_fault(
+    gate: SessionGate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that fails is not the last one: conversations expire for as long as we serve."""
+    monkeypatch.setattr(session_gate, "PERIOD", 0.001)
+    steps = asyncio.Semaphore(0)
+
+    def fails(*, prove: bool) -> None:
+        steps.release()
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(gate._store, "tend", fails)
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
+    gate.start()
+    async with asyncio.timeout(5):
+        for _ in range(3):
+            await steps.acquire()
+    await gate.stop()
+
+
+class Store(MemorySessions):
+    """A store that fails as it is told."""
+
+    fails = False
+
+    async def put(self, turn: Turn) -> None:
+        """Fail, or not."""
+        await asyncio.sleep(0.01)
+        if self.fails:
+            raise StoreError("database is locked")
+
+    async def check(self) -> None:
+        """Fail, or not."""
+        await self.put(turn("any"))
+
+
+@pytest.fixture
+def store(gate: SessionGate) -> Store:
+    """Put a store behind the door that fails."""
+    made = Store()
+    gate._store = made
+    return made
+
+
+async def put(gate: SessionGate) -> int:
+    """Put a turn, and return what the client is told."""
+    try:
+        await gate.put(turn("a"))
+    except ProxyError as error:
+        return error.status
+    return 200
+
+
+def away(gate: SessionGate) -> bool:
+    """Say whether the store counts as away now."""
+    return gate.away
+
+
+async def test_l11_one_failure_is_not_away(gate: SessionGate, store: Store) -> None:
+    """What fails at one time is one failure: we stay ready, and look before the next turn."""
+    store.fails = True
+    assert await asyncio.gather(*(put(gate) for _ in range(5))) == [503] * 5
+    assert not away(gate)
+    store.fails = False
+    await gate.ready()
+    store.fails = True
+    assert await put(gate) == 503
+    assert not away(gate)
+
+
+@pytest.mark.parametrize("how", ["request", "turn", "told"])
+async def test_l11_a_failure_in_doubt_is_away(gate: SessionGate, store: Store, how: str) -> None:
+    """A second failure after the first is told at once, and no answer is made to be lost."""
+    store.fails = True
+    assert await put(gate) == 503
+    if how == "request":
+        with pytest.raises(ProxyError):
+            await gate.ready()
+    elif how == "turn":
+        assert await put(gate) == 503
+    else:
+        gate._told("renew", StoreError("of before"))
+        assert not away(gate)
+        gate._told("check", StoreError("database is locked"))
+    assert away(gate)
+    with pytest.raises(ProxyError):
+        await gate.ready()
+    store.fails = False
+    gate._told("check", None)
+    assert not away(gate)
+    await gate.ready()
+
+
+async def test_l11_a_read_is_no_proof(gate: SessionGate, store: Store) -> None:
+    """A store that can be read alone is still in doubt."""
+    store.fails = True
+    assert await put(gate) == 503
+    gate._done("load")
+    assert await put(gate) == 503
+    assert away(gate)
+    gate._done("load")
+    assert away(gate)
