@@ -88,8 +88,10 @@ class Attempts:
             ProxyError: none can; why the first cannot.
         """
         first: ProxyError | None = None
+        exchange = self._call.exchange
         for position, target in enumerate(self._targets):
             way = self._way(target)
+            exchange.upstream = exchange.upstream or target.upstream.name
             try:
                 if self._call.conversation is not None:
                     await self._call.conversation.place(way)
@@ -100,7 +102,7 @@ class Attempts:
                 first = first or error
                 continue
             self._targets = self._targets[position:]
-            self._call.exchange.upstream = target.upstream.name
+            exchange.upstream = target.upstream.name
             return way.asked
         raise first or errors.upstream_unavailable(0.0)
 

@@ -258,6 +258,12 @@ class Proxy:
             await client.request(method, path, (), body)
             return await client.answer()
 
+    def calm(self) -> None:
+        """Let no upstream be left alone any more, whatever it has refused."""
+        proxy = self.daemon._proxy
+        for name in proxy.snapshot.config.upstreams:
+            proxy.standings[name].breaker.succeeded()
+
     async def _answer(self, client: RawClient) -> Answer:
         try:
             return await client.answer()

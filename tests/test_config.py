@@ -306,14 +306,14 @@ def test_byte_order_mark_and_carriage_returns(data: bytes, tmp_path: Path) -> No
 def test_all_mistakes_at_once() -> None:
     """Mistakes of YAML, grammar, references, secrets and missing functions come together."""
     text = """upstreams:
-  openai: {url: https://h, apis: [chat], credential: {env: NOPE}, max_concurrent: 5}
+  openai: {url: https://h, apis: [chat], credential: {env: NOPE}, propagate_trace: true}
   openai: {}
 routes:
 - {model: *, upstreams: [opnai]}
 """
     assert refused(text.replace("*", "&a m").replace("model", "modl")) == [
         "FILE:2:60: upstreams.openai.credential.env: environment variable NOPE is not set",
-        "FILE:2:83: upstreams.openai.max_concurrent: not supported yet: leave the key out",
+        "FILE:2:84: upstreams.openai.propagate_trace: not supported yet: only the default, false, is accepted",  # noqa: E501
         "FILE:3:3: upstreams.openai: this key is already on line 2",
         "FILE:5:3: routes[0].model: is required",
         "FILE:5:4: routes[0].modl: unknown key (did you mean 'model'?)",

@@ -72,7 +72,7 @@ SHADOWED = [route("a", "scripted"), route("b", "scripted"), route("a", "spare")]
 ROWS = [
     Row("nothing", {}, {}),
     Row("another spelling of the same", {"max_body": "32768KiB", "client_keepalive": "75000ms"}, {}),
-    Row("a default written out", {"retries": 2, "streams": {"keepalive": "15s"}}, {}),
+    Row("a default written out", {"max_connections": 4096, "streams": {"keepalive": "15s"}}, {}),
     Row("upstream added", {"upstreams": {"new": {"url": URL, "apis": ["chat"]}}}, {"upstreams_added": ["new"]}),
     Row("upstream removed", {"upstreams": {"spare": ABSENT}}, {"upstreams_removed": ["spare"]}),
     Row("upstream's url", {"upstreams": {"spare": {"url": f"{URL}?k=other"}}}, {"upstreams_changed": ["spare"]}),

@@ -121,6 +121,7 @@ async def test_a_failed_upstream(
         refusal.check(await client.answer(), anthropic=path == M, upstream="scripted")
         assert len(upstream.requests) == number
         await assert_stays(client)
+        proxy.calm()
 
 
 @pytest.mark.parametrize("path", [R, C, M])
@@ -313,6 +314,7 @@ async def test_what_the_log_says_of_failures(serve: Serve, upstream: ScriptedUps
     for script in scripts:
         upstream.script(script)
         await proxy.post()
+        proxy.calm()
     await check_conservation(proxy)
     facts = [(line["status"], line["outcome"], line["error_code"]) for line in proxy.request_logs()]
     assert facts[:4] == [

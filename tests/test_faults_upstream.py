@@ -593,6 +593,7 @@ async def test_f17_a_refusal_is_passed_on_or_named_and_never_charged(
         script = refusal(api, case.status)
         upstream.script(script)
         seen = await ask(proxy, api, streamed=streamed)
+        proxy.calm()
         bodies.append(seen.answer.body)
         if case.code is None:
             assert (seen.answer.status, seen.answer.body) == (case.seen, body_of(script))
