@@ -301,7 +301,7 @@ class Proxy:
         """Refuse what the target cannot be asked for; nothing is taken for it."""
         asked, target, spoken = way
         work = partial(spoken.check, envelope, asked, route, target.upstream)
-        await aside(work, envelope.size if spoken.translates else 0)
+        await aside(work, envelope.size)
 
     async def _ask(self, call: Call, way: Way, envelope: Envelope) -> Ask:
         """Send the request; once more where it was refused for what we have added."""
