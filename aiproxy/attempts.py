@@ -97,7 +97,7 @@ class Attempts:
                     await self._call.conversation.place(way)
                 envelope = self._body().copy()
                 work = partial(way.spoken.check, envelope, way.asked, self._route, target.upstream)
-                await aside(work, envelope.size if way.spoken.translates else 0)
+                await aside(work, envelope.size)
             except ProxyError as error:
                 first = first or error
                 continue

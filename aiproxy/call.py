@@ -237,7 +237,10 @@ class Call:
             exchange.usage, exchange.estimated = self._charge(outcome)
         finally:  # a bug there must not keep the slot for ever
             if self.held is not None:
-                self.held.settle(0 if exchange.usage is None else exchange.usage.total)
+                if outcome == "rejected_invalid" and self.estimate and not exchange.asked:
+                    self.held.revoke()  # a conversation turned out to hold what cannot be asked
+                else:
+                    self.held.settle(0 if exchange.usage is None else exchange.usage.total)
         self.hold.release()
         if self.conversation is not None:
             self.conversation.end()

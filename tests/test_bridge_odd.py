@@ -11,6 +11,7 @@ from aiproxy.dialects.chat_bridge import ChatBridge
 from aiproxy.dialects.responses_writer import MAX_ITEMS
 from client import parse_sse
 from invariants import check_invariants
+from responses import responses_json
 from rig import CREDENTIAL, Proxy, prompt, totals
 from sessions_rig import Serve
 from steps import Chunk, EndChunks, Headers, Sleep, Stall, json_answer
@@ -254,6 +255,31 @@ def test_what_is_gathered_is_bounded() -> None:
                 break
         assert stream.error is not None
         assert "too large" in stream.error.message
+
+
+async def test_a_history_that_cannot_be_expressed(serve: Serve, upstream: ScriptedUpstream) -> None:
+    """It is refused after its content was read, and takes nothing from the limits all the same."""
+    native = {"url": upstream.url, "apis": ["responses"], "sessions": "replay"}
+    proxy = await serve(
+        upstreams={"native": native, "scripted": {"apis": ["chat"]}},
+        routes=[
+            {"model": "native", "upstreams": ["native"]},
+            {"model": "gpt-test", "upstreams": ["scripted"]},
+        ],
+        keys={"team-a": {"limits": {"requests": "5/day", "tokens": "900000/day"}}},
+    )
+    search = {"type": "web_search_call", "id": "ws_1", "status": "completed"}
+    upstream.script(json_answer(responses_json(items=[search])))
+    first = (await proxy.post(body=prompt(model="native"))).json()
+    for _ in range(7):
+        answer = await proxy.post(body=prompt(previous_response_id=first["id"]))
+        error = answer.json()["error"]
+        assert (answer.status, error["code"]) == (400, "unsupported_parameter")
+        assert error["param"] == "previous_response_id"
+    levels = (await proxy.post(body=prompt(model="nothing"))).headers
+    assert levels["x-ratelimit-remaining-requests"] == "4"
+    assert len(upstream.requests) == 1
+    await check_invariants(proxy, upstream)
 
 
 async def test_large_tools_do_not_hold_up_the_loop(chat: Proxy, upstream: ScriptedUpstream) -> None:

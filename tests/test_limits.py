@@ -203,6 +203,22 @@ def test_messages_of_other_kinds() -> None:
     )
 
 
+def test_what_turns_out_to_be_no_request_takes_nothing() -> None:
+    """Revoking gives back the request, too; once, and not after it was settled."""
+    world = World([Limits.model_validate({"requests": "5/min", "tokens": "90/min"})])
+    world.admitted(Demand(10)).settle(10)
+    before = world.all.levels()
+    held = world.admitted(Demand(10, 20))
+    for _ in range(2):
+        held.revoke()
+        assert world.all.levels() == before
+    settled = world.admitted(Demand(10))
+    settled.settle(10)
+    after = world.all.levels()
+    settled.revoke()
+    assert world.all.levels() == after != before
+
+
 def test_waiting_for_others_has_a_bound() -> None:
     """Where others must end first, the wait is a minute at most, however slow the bucket is."""
     world = World([limits(tokens="1000/day")])

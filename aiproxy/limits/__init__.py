@@ -49,6 +49,9 @@ class Held(Protocol):
     def settle(self, tokens: int) -> None:
         """See `Reservation.settle`. Awaits nothing, so that a slot is free before all else."""
 
+    def revoke(self) -> None:
+        """See `Reservation.revoke`. Awaits nothing either."""
+
 
 class Limits(Protocol):
     """All that limits one request."""

@@ -78,16 +78,18 @@ class Refusal(NamedTuple):
 class Reservation:
     """What an admitted request holds, until it is settled, once."""
 
-    __slots__ = ("_clock", "_slots", "_taken")
+    __slots__ = ("_clock", "_requests", "_slots", "_taken")
 
     def __init__(
         self,
         slots: tuple[Slots, ...],
+        requests: tuple[TokenBucket, ...],
         taken: list[tuple[TokenBucket, int, int, int, int]],
         clock: Clock,
     ) -> None:
         """Hold what `Combined.admit` took: see there."""
         self._slots = slots
+        self._requests = requests
         self._taken: list[tuple[TokenBucket, int, int, int, int]] | None = taken
         self._clock = clock
 
@@ -95,6 +97,13 @@ class Reservation:
     def open(self) -> bool:
         """Whether it is not settled."""
         return self._taken is not None
+
+    def revoke(self) -> None:
+        """The request was none after all: give back all that was taken, itself included."""
+        if self._taken is not None:
+            for bucket in self._requests:
+                bucket.full_at -= bucket.unit
+            self.settle(0)
 
     def settle(self, tokens: int) -> None:
         """The end: free the slots, and charge `tokens` in place of what was set aside.
@@ -209,7 +218,7 @@ class Combined:
                 bucket.far += far
         for each in slots:
             each.held += 1
-        return Reservation(slots, taken, clock)
+        return Reservation(slots, self.requests, taken, clock)
 
     def _refusal(self, demand: Demand, now: int) -> Refusal:
         """The first reason: too large, then concurrent, requests, tokens.
