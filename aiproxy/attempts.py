@@ -79,6 +79,7 @@ class Attempts:
         self._standings = standings
         self._left = call.snapshot.config.retries
         self._rounds = 0
+        self._ask: Ask | None = None  # of the attempt that is made
         self._relay: Relay | None = None
 
     async def place(self) -> Asked:
@@ -109,15 +110,22 @@ class Attempts:
     async def run(self) -> Outcome:
         """Ask, and relay what comes; the outcome."""
         position = 0
+        last: _Again | None = None
         while True:
             try:
                 return await self._attempt(self._targets[position])
             except _Again as again:
-                self._left -= again.sent
-                following = self._following(position, again)
-                if following is None:
-                    raise again.error from None
-                position, wait = following
+                last = again
+            except ProxyError:
+                if last is None or self._ask is not None:
+                    raise
+                # This one cannot even be asked for it: what the one before has said stands.
+                last = _Again(last.error, sent=False, retry_after=last.retry_after)
+            self._left -= last.sent
+            following = self._following(position, last)
+            if following is None:
+                raise last.error
+            position, wait = following
             if wait:
                 self._call.watch.enter("none", 0)
                 await asyncio.sleep(wait)
@@ -160,12 +168,10 @@ class Attempts:
         call = self._call
         way = self._way(target)
         call.begin_attempt(way)
-        ask: Ask | None = None
-        self._relay = None
+        self._ask = self._relay = None
         try:
             envelope = await self._prepared(way)
-            ask = self._ask(way)
-            ask = await self._send(way, envelope, ask)
+            ask = await self._send(way, envelope)
             del envelope  # a stream may last for hours; its request's body need not
             with ask as answer:
                 if not self._more:
@@ -174,11 +180,13 @@ class Attempts:
                     return await self._relay_stream(answer, way)
                 return await self._relay_json(answer, way)
         except Late as late:
-            failed = self._judged(self._late(late), ask)
+            failed = self._judged(self._late(late))
         except ProxyError as error:
-            failed = self._judged(error, ask)
+            failed = self._judged(error)
         if not isinstance(failed, _Again):
             self._release()
+        elif way.asked.stream:  # another reader, which has not seen the end of this one
+            call.stream = way.spoken.stream(self._way(target).asked)
         raise failed
 
     def _release(self) -> None:
@@ -201,21 +209,22 @@ class Attempts:
             await call.conversation.prepare(way, envelope)
         return envelope
 
-    def _ask(self, way: Way) -> Ask:
+    async def _send_once(self, way: Way, envelope: Envelope) -> Ask:
         call, name = self._call, way.target.upstream.name
         client, standing = call.snapshot.clients[name], self._standings[name]
-        return Ask(client, standing, call.exchange, call.watch, shape=call.shape)
+        self._ask = Ask(client, standing, call.exchange, call.watch, shape=call.shape)
+        return await send(call, way, envelope, self._ask)
 
-    async def _send(self, way: Way, envelope: Envelope, ask: Ask) -> Ask:
+    async def _send(self, way: Way, envelope: Envelope) -> Ask:
         """Send the request; once more where it was refused for what we have added."""
         call = self._call
         try:
-            return await send(call, way, envelope, ask)
+            return await self._send_once(way, envelope)
         except ProxyError as error:
             conversation = call.conversation
             if conversation is None or not conversation.asks_again(error, envelope):
                 raise
-        ask = await send(call, way, envelope, self._ask(way))
+        ask = await self._send_once(way, envelope)
         conversation.refused_for_reasoning()
         return ask
 
@@ -236,8 +245,9 @@ class Attempts:
         self._left = 0
         call.hold.release(0 if call.conversation is None else call.conversation.holding)
 
-    def _judged(self, error: ProxyError, ask: Ask | None) -> Exception:
+    def _judged(self, error: ProxyError) -> ProxyError | _Again:
         """What a failure comes to: the end, or another attempt."""
+        ask = self._ask
         if ask is None or self._call.told or self._envelope is None:
             return error
         unsafe = self._route.retry_unsafe and ask.result in _UNSAFE

@@ -219,7 +219,8 @@ class Conversation:
         self._input = given
         if not self.goes_on:
             return
-        self._call.hold.take(_COPIES * self.recalled)
+        if not self._call.exchange.attempts:  # else the first one has taken it
+            self._call.hold.take(_COPIES * self.recalled)
         path = await self._path()
         items = await self._referred.items()
         sent = await aside(lambda: self._assemble(path, given, items), self.recalled + len(given))
