@@ -135,7 +135,7 @@ class Attempts:
         if self._left < 0:
             return None
         now = time.monotonic()
-        waits = [self._standings[each.upstream.name].wait(now) for each in self._targets]
+        waits = [self._standings.of(each.upstream).wait(now) for each in self._targets]
         for ahead in range(position + 1, len(self._targets)):
             if waits[ahead] == 0.0:
                 return ahead, 0.0
@@ -210,8 +210,8 @@ class Attempts:
         return envelope
 
     async def _send_once(self, way: Way, envelope: Envelope) -> Ask:
-        call, name = self._call, way.target.upstream.name
-        client, standing = call.snapshot.clients[name], self._standings[name]
+        call, upstream = self._call, way.target.upstream
+        client, standing = call.snapshot.clients[upstream.name], self._standings.of(upstream)
         self._ask = Ask(client, standing, call.exchange, call.watch, shape=call.shape)
         return await send(call, way, envelope, self._ask)
 

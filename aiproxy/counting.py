@@ -58,10 +58,9 @@ class Counting:
         if conversation is not None:
             await conversation.recall(envelope)
         rename(way, envelope)
-        upstream = target.upstream.name
         ask = Ask(
-            call.snapshot.clients[upstream],
-            proxy.standings[upstream],
+            call.snapshot.clients[target.upstream.name],
+            proxy.standings.of(target.upstream),
             call.exchange,
             call.watch,
             shape=call.shape,

@@ -245,7 +245,7 @@ class Proxy:
         conversation, now = call.conversation, time.monotonic()
 
         def wait(target: Target) -> float:
-            return self.standings[target.upstream.name].wait(now)
+            return self.standings.of(target.upstream).wait(now)
 
         found = routes.targets(
             route,

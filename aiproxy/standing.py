@@ -70,8 +70,16 @@ class Standings:
         self._known: dict[str, tuple[str, Standing]] = {}
         self.configure(config)
 
-    def __getitem__(self, upstream: str) -> Standing:
-        return self._known[upstream][1]
+    def of(self, upstream: Upstream) -> Standing:
+        """How an upstream is doing.
+
+        One that a reload has removed, or put elsewhere, is judged by nobody any more: a request
+        that began before goes there all the same.
+        """
+        url, standing = self._known.get(upstream.name, ("", None))
+        if standing is not None and url == upstream.url:
+            return standing
+        return Standing(Breaker(1, 0.0, 0.0, lambda *_: None), upstream.max_concurrent)
 
     def configure(self, config: Config) -> None:
         """Take another configuration. An upstream at another address begins anew."""

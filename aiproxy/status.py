@@ -121,7 +121,7 @@ class Status:
                     "origin": client.origin,
                     "apis": sorted(client.upstream.apis),
                     "in_flight": in_flight[name],
-                    "state": self._proxy.standings[name].breaker.state,
+                    "state": self._proxy.standings.of(client.upstream).breaker.state,
                     "connections": connections,
                     "unused_connections": unused,
                 }

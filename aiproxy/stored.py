@@ -125,7 +125,7 @@ class Stored:
             method=method,
         )
         ask = Ask(
-            client, self._proxy.standings[head.upstream], exchange, call.watch, shape="openai"
+            client, self._proxy.standings.of(client.upstream), exchange, call.watch, shape="openai"
         )
         with await ask.send(asked, b"") as answer:
             if answer.media_type not in ("application/json", ""):

@@ -261,8 +261,8 @@ class Proxy:
     def calm(self) -> None:
         """Let no upstream be left alone any more, whatever it has refused."""
         proxy = self.daemon._proxy
-        for name in proxy.snapshot.config.upstreams:
-            proxy.standings[name].breaker.succeeded()
+        for upstream in proxy.snapshot.config.upstreams.values():
+            proxy.standings.of(upstream).breaker.succeeded()
 
     async def _answer(self, client: RawClient) -> Answer:
         try:

@@ -300,7 +300,7 @@ async def test_the_status_is_right(serve: Serve, upstream: ScriptedUpstream) -> 
     assert report["upstreams"] == [{
         "name": "scripted", "origin": upstream.url.removesuffix("/v1"),
         "apis": ["chat", "embeddings", "messages", "responses"],
-        "in_flight": 1, "connections": 1, "unused_connections": 0,
+        "in_flight": 1, "state": "closed", "connections": 1, "unused_connections": 0,
     }]  # fmt: skip
     assert [it["model"] for it in report["routes"]] == ["gpt-test", "renamed", "org/*", *ODD]
     assert {it["name"]: (it["state"], it["in_flight"]) for it in report["keys"]} == {

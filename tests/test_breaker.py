@@ -133,16 +133,21 @@ def test_a_full_upstream_and_reloads() -> None:
         text = config_text("http://127.0.0.1:1/v1", upstreams={"scripted": changes})
         return load(text)
 
+    def upstream(**changes: Any) -> Any:
+        return config(**changes).upstreams["scripted"]
+
     standings = Standings(config(max_concurrent=1), lambda *what: told.append(what))
-    standing = standings["scripted"]
+    standing = standings.of(upstream())
     assert [standing.enter(0.0), standing.enter(0.0)] == [True, False]
     assert standing.wait(0.0) > 0
     standings.configure(config(max_concurrent=2))
-    assert standings["scripted"] is standing
+    assert standings.of(upstream(max_concurrent=2)) is standing
     assert [standing.enter(0.0), standing.enter(0.0)] == [True, False]
     standing.leave()
     assert standing.enter(0.0)
     standing.breaker.refused(0.0)
     assert told == [("scripted", "open", "credential", 5.0)]
     standings.configure(config(url="http://127.0.0.1:2/v1"))
-    assert standings["scripted"].breaker.state == "closed"
+    elsewhere = upstream(url="http://127.0.0.1:2/v1")
+    assert standings.of(elsewhere).breaker.state == "closed"
+    assert standings.of(upstream()) is not standing  # the one that is no more

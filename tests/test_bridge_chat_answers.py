@@ -750,7 +750,8 @@ async def test_refusals_of_the_upstream(
         (503, 503, "upstream_overloaded"),
     ):
         for _ in range(3):  # the first attempt, and what is tried again
-            upstream.script(error_answer(status))
+            proxy.calm()
+        upstream.script(error_answer(status))
         answer = await proxy.post(PATH, body)
         upstream.heal()
         assert (answer.status, answer.json()["error"]["code"]) == (told, code)
