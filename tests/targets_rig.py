@@ -12,7 +12,7 @@ import faults
 from answers import sse
 from client import Answer, parse_sse
 from faults import STREAMED, Api, Seen, asked, events_of, json_of
-from invariants import Baseline, check_invariants, take_baseline
+from invariants import Baseline, check_invariants, eventually, take_baseline
 from responses import responses_events
 from rig import ABSENT, Proxy, config_text
 from steps import (
@@ -136,12 +136,10 @@ class Rig:
             if line.get("event") in TOLD and line.get("upstream") == upstream
         ]
 
-    async def ask(
-        self, api: Api = "responses", *, streamed: bool = False, **fields: Any
-    ) -> Seen:
+    async def ask(self, api: Api = "responses", *, streamed: bool = False, **fields: Any) -> Seen:
         """Make a request and read its whole answer; how as of `faults.ask`."""
         seen = await faults.ask(self.proxy, api, streamed=streamed, fields=fields)
-        await self.proxy.close_clients()
+        await seen.client.close()
         return seen
 
     async def begin(
@@ -165,8 +163,13 @@ class Rig:
         """Assert the invariants, with all targets healed; `bodies` are of errors."""
         await self.proxy.close_clients()
         self.calm()
-        for standing in (self.proxy.daemon._proxy.standings[name] for name in self.servers):
-            assert standing.in_flight == 0
+
+        async def none_in_flight() -> None:
+            standings = self.proxy.daemon._proxy.standings
+            names = self.proxy.daemon._proxy.snapshot.config.upstreams
+            assert [standings[name].in_flight for name in names] == [0] * len(names)
+
+        await eventually(none_in_flight)
         await check_invariants(
             self.proxy, self.group, baseline=self.baseline, bodies=bodies, **options
         )
@@ -319,4 +322,3 @@ def items_sent(request: "Recorded") -> list[Any]:
     """Return the input of a request to a Responses upstream, as items."""
     given = request.json()["input"]
     return given if isinstance(given, list) else [given]
-

@@ -30,7 +30,9 @@ SILENCE = {"first_byte": "150ms"}
 @pytest.mark.parametrize("status", SAFE)
 @pytest.mark.parametrize(("api", "streamed"), WAYS)
 async def test_an_overloaded_target_is_followed_by_the_next(
-    api: Api, streamed: bool, status: int  # noqa: FBT001
+    api: Api,
+    streamed: bool,
+    status: int,  # noqa: FBT001
 ) -> None:
     """After 429, 503 or 529 the next target answers; each attempt counts at its own upstream."""
     async with targets() as rig:
@@ -96,7 +98,9 @@ async def test_an_unknown_host_is_followed_by_the_next() -> None:
     + [(500, 502), (502, 502), (504, 502), (302, 502)],
 )
 async def test_an_answer_of_its_own_is_the_end(
-    status: int, seen_as: int, streamed: bool  # noqa: FBT001
+    status: int,
+    seen_as: int,
+    streamed: bool,  # noqa: FBT001
 ) -> None:
     """Who refuses, fails or redirects may have acted, or would again: nobody else is asked."""
     async with targets() as rig:
@@ -120,7 +124,11 @@ ENDS: list[Any] = [
 @pytest.mark.parametrize(("api", "streamed"), WAYS)
 @pytest.mark.parametrize(("end", "result", "status"), ENDS)
 async def test_who_may_have_acted_is_the_last(
-    api: Api, streamed: bool, end: list[Step], result: str, status: int  # noqa: FBT001
+    api: Api,
+    streamed: bool,
+    end: list[Step],
+    result: str,
+    status: int,  # noqa: FBT001
 ) -> None:
     """After a reset or a silence nobody else gets the request."""
     async with targets(timeouts=SILENCE) as rig:
@@ -139,7 +147,11 @@ async def test_who_may_have_acted_is_the_last(
 @pytest.mark.parametrize(("api", "streamed"), WAYS)
 @pytest.mark.parametrize(("end", "result", "status"), ENDS)
 async def test_a_route_may_allow_to_ask_twice(
-    api: Api, streamed: bool, end: list[Step], result: str, status: int  # noqa: FBT001
+    api: Api,
+    streamed: bool,
+    end: list[Step],
+    result: str,
+    status: int,  # noqa: FBT001
 ) -> None:
     """With `retry_unsafe` a reset or a silence before the answer is followed by the next."""
     async with targets(timeouts=SILENCE, route={"retry_unsafe": True}) as rig:
@@ -190,7 +202,8 @@ async def test_what_is_no_http_is_the_end(unsafe: bool, streamed: bool) -> None:
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("retries", [0, 1, 2, 4])
 async def test_retries_are_counted_over_all_targets(
-    retries: int, streamed: bool  # noqa: FBT001
+    retries: int,
+    streamed: bool,  # noqa: FBT001
 ) -> None:
     """There are 1 + `retries` attempts, one target after the other, then the last failure."""
     async with targets("abc", retries=retries) as rig:
@@ -493,8 +506,9 @@ async def test_each_attempt_has_the_whole_body() -> None:
         rig["a"].script(refusal(503))
         filler = "x" * 300_000
         body = {"temperature": 0.5, "metadata": {"k": "v"}, "x_unknown": [1, {"y": None}]}
-        seen = await rig.ask("chat", streamed=True, messages=[{"role": "user", "content": filler}],
-                             **body)
+        seen = await rig.ask(
+            "chat", streamed=True, messages=[{"role": "user", "content": filler}], **body
+        )
         assert said("chat", seen.answer) == "from b"
         first, second = rig["a"].requests[0], rig["b"].requests[0]
         assert first.body == second.body

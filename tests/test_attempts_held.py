@@ -62,7 +62,9 @@ HOWS = ["failed", "failed at once", "error", "error at once", "error and failed"
 @pytest.mark.parametrize("whole", ONE, ids=["one chunk", "chunks"])
 @pytest.mark.parametrize("how", HOWS)
 async def test_a_failure_that_is_declared_first_is_followed_by_the_next(
-    how: str, whole: bool, end: Any  # noqa: FBT001
+    how: str,
+    whole: bool,
+    end: Any,  # noqa: FBT001
 ) -> None:
     """What the upstream itself says to have failed before any output moves on, unseen."""
     async with targets(timeouts={"idle": "300ms"}) as rig:
@@ -142,7 +144,9 @@ async def test_a_failed_json_answer_moves_on_alike() -> None:
 @pytest.mark.parametrize("whole", ONE, ids=["one chunk", "chunks"])
 @pytest.mark.parametrize("end", [Reset(), Finish(), EndChunks(), Stall()])
 async def test_a_cut_after_lifecycle_events_does_not_move_on(
-    end: Any, whole: bool, unsafe: bool  # noqa: FBT001
+    end: Any,
+    whole: bool,
+    unsafe: bool,  # noqa: FBT001
 ) -> None:
     """What came is passed, then response.failed: the upstream may have acted."""
     times = {"idle": "300ms"}
