@@ -148,6 +148,17 @@ class Rig:
         """Make a request and leave its answer to the test."""
         return await self.proxy.send(faults.PATHS[api], asked(api, streamed=streamed, **fields))
 
+    async def lines(self, count: int) -> list[dict[str, Any]]:
+        """Return the last request lines of the log, once `count` of them are there."""
+        found: list[dict[str, Any]] = []
+
+        async def written() -> None:
+            found[:] = self.proxy.request_logs()
+            assert len(found) >= count
+
+        await eventually(written)
+        return found[-count:]
+
     async def reload(self, text: str) -> None:
         """Take another configuration, which must be a good one."""
         self.proxy.text = text

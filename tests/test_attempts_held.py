@@ -63,8 +63,8 @@ HOWS = ["failed", "failed at once", "error", "error at once", "error and failed"
 @pytest.mark.parametrize("how", HOWS)
 async def test_a_failure_that_is_declared_first_is_followed_by_the_next(
     how: str,
-    whole: bool,
-    end: Any,  # noqa: FBT001
+    whole: bool,  # noqa: FBT001
+    end: Any,
 ) -> None:
     """What the upstream itself says to have failed before any output moves on, unseen."""
     async with targets(timeouts={"idle": "300ms"}) as rig:
@@ -145,7 +145,7 @@ async def test_a_failed_json_answer_moves_on_alike() -> None:
 @pytest.mark.parametrize("end", [Reset(), Finish(), EndChunks(), Stall()])
 async def test_a_cut_after_lifecycle_events_does_not_move_on(
     end: Any,
-    whole: bool,
+    whole: bool,  # noqa: FBT001
     unsafe: bool,  # noqa: FBT001
 ) -> None:
     """What came is passed, then response.failed: the upstream may have acted."""
