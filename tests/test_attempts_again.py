@@ -24,11 +24,13 @@ from upstream import Chunk, Finish, Garbage, Headers, Reset, Send, Sleep, Stall,
 
 SAFE = [429, 503, 529]
 JSON = [("content-type", "application/json"), ("content-length", "100")]
-SILENCE = {"first_byte": "150ms"}
+SILENCE = {"first_byte": "80ms"}
 
 
-@pytest.mark.parametrize("status", SAFE)
-@pytest.mark.parametrize(("api", "streamed"), WAYS)
+@pytest.mark.parametrize(
+    ("api", "streamed", "status"),
+    [(*way, SAFE[turn % 3]) for turn, way in enumerate((*WAYS, *WAYS[:2]))],
+)
 async def test_an_overloaded_target_is_followed_by_the_next(
     api: Api,
     streamed: bool,  # noqa: FBT001
@@ -36,7 +38,8 @@ async def test_an_overloaded_target_is_followed_by_the_next(
 ) -> None:
     """After 429, 503 or 529 the next target answers; each attempt counts at its own upstream."""
     async with targets() as rig:
-        await rig.rest()
+        if api == "responses":
+            await rig.rest()
         rig["a"].script(refusal(status))
         seen = await rig.ask(api, streamed=streamed)
         assert seen.answer.status == 200, seen.answer
@@ -91,7 +94,6 @@ async def test_an_unknown_host_is_followed_by_the_next() -> None:
         await rig.check()
 
 
-@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize(
     ("status", "seen_as"),
     [
@@ -99,20 +101,17 @@ async def test_an_unknown_host_is_followed_by_the_next() -> None:
         *((other, 502) for other in (302, 401, 403, 418, 500, 502, 504)),
     ],
 )
-async def test_an_answer_of_its_own_is_the_end(
-    status: int,
-    seen_as: int,
-    streamed: bool,  # noqa: FBT001
-) -> None:
+async def test_an_answer_of_its_own_is_the_end(status: int, seen_as: int) -> None:
     """Who refuses, fails or redirects may have acted, or would again: nobody else is asked."""
     async with targets() as rig:
-        await rig.rest()
-        rig["a"].script(refusal(status, ("location", rig["b"].url)))
-        seen = await rig.ask(streamed=streamed)
-        assert seen.answer.status == seen_as
-        assert (seen.line["attempts"], seen.line["upstream"]) == (1, "a")
-        assert rig.got == {"a": 1}
-        check_charge(seen.line, "nothing")
+        rig["a"].default = refusal(status, ("location", rig["b"].url))
+        for streamed in (False, True):
+            seen = await rig.ask(streamed=streamed)
+            assert seen.answer.status == seen_as
+            assert (seen.line["attempts"], seen.line["upstream"]) == (1, "a")
+            check_charge(seen.line, "nothing")
+            rig.calm()  # after a 401
+        assert rig.got == {"a": 2}
         await rig.check(seen.answer.body)
 
 
@@ -123,7 +122,7 @@ ENDS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(("api", "streamed"), WAYS)
+@pytest.mark.parametrize(("api", "streamed"), [WAYS[0], WAYS[1], WAYS[3], WAYS[4]])
 @pytest.mark.parametrize(("end", "result", "status"), ENDS)
 async def test_who_may_have_acted_is_the_last(
     api: Api,
@@ -134,7 +133,8 @@ async def test_who_may_have_acted_is_the_last(
 ) -> None:
     """After a reset or a silence nobody else gets the request."""
     async with targets(timeouts=SILENCE) as rig:
-        await rig.rest()
+        if api == "responses":
+            await rig.rest()
         rig["a"].script(end)
         seen = await rig.ask(api, streamed=streamed)
         code = "upstream_timeout" if status == 504 else "upstream_error"
@@ -146,7 +146,7 @@ async def test_who_may_have_acted_is_the_last(
         await rig.check(seen.answer.body)
 
 
-@pytest.mark.parametrize(("api", "streamed"), WAYS)
+@pytest.mark.parametrize(("api", "streamed"), [WAYS[0], WAYS[1], WAYS[3], WAYS[4]])
 @pytest.mark.parametrize(("end", "result", "status"), ENDS)
 async def test_a_route_may_allow_to_ask_twice(
     api: Api,
@@ -157,7 +157,8 @@ async def test_a_route_may_allow_to_ask_twice(
 ) -> None:
     """With `retry_unsafe` a reset or a silence before the answer is followed by the next."""
     async with targets(timeouts=SILENCE, route={"retry_unsafe": True}) as rig:
-        await rig.rest()
+        if api == "responses":
+            await rig.rest()
         rig["a"].script(end)
         seen = await rig.ask(api, streamed=streamed)
         assert seen.answer.status == 200, seen.answer

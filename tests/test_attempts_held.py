@@ -58,7 +58,7 @@ def declared(how: str) -> list[bytes]:
 HOWS = ["failed", "failed at once", "error", "error at once", "error and failed", "queued"]
 
 
-@pytest.mark.parametrize("end", [None, Reset(), Finish(), Stall()])
+@pytest.mark.parametrize("end", [None, Stall()])
 @pytest.mark.parametrize("whole", ONE, ids=["one chunk", "chunks"])
 @pytest.mark.parametrize("how", HOWS)
 async def test_a_failure_that_is_declared_first_is_followed_by_the_next(

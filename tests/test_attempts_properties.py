@@ -40,7 +40,7 @@ async def play(
 ) -> None:
     """Ask once; each target fails as its plan says, and then answers well."""
     names = "abc"[: len(plans)]
-    times = {"first_byte": "100ms", "idle": "100ms"}
+    times = {"first_byte": "60ms", "idle": "60ms"}
     route = {"retry_unsafe": unsafe}
     async with targets(names, retries=retries, timeouts=times, route=route) as rig:
         for name, plan in zip(names, plans, strict=True):
