@@ -79,6 +79,7 @@ class Attempts:
         self._standings = standings
         self._left = call.snapshot.config.retries
         self._rounds = 0
+        self._not_before: dict[int, float] = {}  # by position: what they have asked for
         self._ask: Ask | None = None  # of the attempt that is made
         self._relay: Relay | None = None
 
@@ -135,13 +136,18 @@ class Attempts:
         if self._left < 0:
             return None
         now = time.monotonic()
-        waits = [self._standings.of(each.upstream).wait(now) for each in self._targets]
+        if again.sent:
+            self._not_before[position] = now + again.retry_after
+        waits = [
+            max(self._standings.of(each.upstream).wait(now), self._not_before.get(at, now) - now)
+            for at, each in enumerate(self._targets)
+        ]
         for ahead in range(position + 1, len(self._targets)):
             if waits[ahead] == 0.0:
                 return ahead, 0.0
         # All were tried: once more from the first on, after a while.
         ready = [at for at in range(len(self._targets)) if waits[at] <= MOST_WAIT]
-        if not ready or (len(self._targets) == 1 and again.retry_after > MOST_WAIT):
+        if not ready:
             return None
         best = min(ready, key=lambda at: waits[at])
         if best == position and not again.sent:
@@ -149,8 +155,6 @@ class Attempts:
         most = min(MOST_BACKOFF, BACKOFF * 2.0**self._rounds)
         self._rounds += 1
         wait = random.uniform(0.0, most)  # noqa: S311 - so that clients do not come together again
-        if best == position:
-            wait = max(wait, again.retry_after)
         return best, max(wait, waits[best])
 
     # -- one attempt
@@ -250,8 +254,11 @@ class Attempts:
         ask = self._ask
         if ask is None or self._call.told or self._envelope is None:
             return error
-        unsafe = self._route.retry_unsafe and ask.result in _UNSAFE
+        began = self._relay is not None and self._relay.began
+        unsafe = self._route.retry_unsafe and ask.result in _UNSAFE and not began
         if error.declared or not ask.acted or unsafe:
+            if not ask.acted:
+                self._call.exchange.asked = 0.0  # nothing was done that could be charged
             return _Again(error, sent=ask.sent, retry_after=ask.retry_after)
         return error
 

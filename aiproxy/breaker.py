@@ -67,15 +67,28 @@ class Breaker:
             return 0.0
         return max(0.0, self._until - now)
 
-    def succeeded(self) -> None:
-        """The upstream has answered, with a success or with a refusal of its own."""
-        self._row = self._times = 0
-        self._become("closed")
+    def answered(self, *, probe: bool) -> None:
+        """The upstream has begun to answer: others may go, too; how it ends is to be seen."""
+        if probe:
+            self._become("closed")
 
-    def failed(self, now: float, retry_after: float = 0.0) -> None:
+    def succeeded(self, *, probe: bool = False) -> None:
+        """It has answered to the end, or with a refusal of its own.
+
+        `probe`: the request is the one that tries an upstream that is left alone. One that began
+        before says nothing about it now.
+        """
+        if probe or self.state == "closed":
+            self._row = self._times = 0
+            self._become("closed")
+
+    def failed(self, now: float, retry_after: float = 0.0, *, probe: bool = False) -> None:
         """It has not, or said that it cannot; `retry_after`: seconds, as it asks for."""
         self._row += 1
-        if self.state == "half-open" or self._row >= self._failures:
+        if self.state == "half-open":
+            if probe:
+                self._open(now, retry_after, "failures")
+        elif self._row >= self._failures:
             self._open(now, retry_after, "failures")
 
     def refused(self, now: float) -> None:
@@ -83,9 +96,9 @@ class Breaker:
         self._row = max(self._row + 1, self._failures)
         self._open(now, 0.0, "credential")
 
-    def unknown(self) -> None:
+    def unknown(self, *, probe: bool = False) -> None:
         """The request ended before anything was known: a probe leaves room for another."""
-        if self.state == "half-open":
+        if probe and self.state == "half-open":
             self._become("open", "failures")
 
     def _open(self, now: float, retry_after: float, reason: Reason) -> None:

@@ -94,7 +94,7 @@ class Exchange:
     @property
     def overhead(self) -> float | None:
         """Own seconds before the upstream was asked; None if it was not."""
-        return self.first_asked - self.started - self.waited if self.asked else None
+        return self.first_asked - self.started - self.waited if self.first_asked else None
 
     @property
     def time_to_first_token(self) -> float | None:

@@ -201,7 +201,7 @@ class Metrics:
         self._reload_ok.set(1)
         self._reload_at.set(now)
         known: set[tuple[str, ...]] = {(name,) for name in upstreams}
-        for labels in known:
+        for labels in known - set(self._available):
             self._available[labels].set(1)
         for gone in set(self._available) - known:
             self._available.metric.remove(*gone)

@@ -254,8 +254,14 @@ class Proxy:
             lambda target: wait(target) == 0.0,
             None if conversation is None else conversation.prefers,
         )
+        serving = [target for _, target in routes.speaking(route, dialect.api)]
+        parent = None if conversation is None else conversation.parent
+        if parent is not None and not parent.held:  # nobody else can go on with it
+            holder = [target for target in serving if target.name == parent.upstream]
+            if any(map(wait, holder)):
+                raise errors.upstream_unavailable(min(map(wait, holder)))
         if not found:
-            raise errors.upstream_unavailable(min(map(wait, route.targets)))
+            raise errors.upstream_unavailable(min(map(wait, serving)))
         return found
 
     async def _admit(

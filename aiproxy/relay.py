@@ -71,6 +71,11 @@ class Relay:
         finally:
             timer.cancel()
 
+    @property
+    def began(self) -> bool:
+        """Whether anything came of the answer."""
+        return self._held_size > 0
+
     def release(self) -> None:
         """No other attempt follows: what was held goes to the client."""
         if self._settle is None:
@@ -105,16 +110,24 @@ class Relay:
             waited = await self._pass(chunk)
             if stream.error is not None:
                 raise self._failure(stream.error)
-            if self._settle is not None and stream.over:
-                if stream.outcome == "failed":
-                    raise errors.declared_failure("The upstream's answer has failed.")
-                self.release()
+            if self._settle is not None:
+                self._judge_beginning()
             if ends is None and stream.over:
                 ends = loop.time() + TAIL
                 watch.enter("tail", TAIL)
             elif waited:
                 left = idle if ends is None else max(SOON, ends - loop.time())
                 watch.enter("idle" if ends is None else "tail", left)
+
+    def _judge_beginning(self) -> None:
+        """Whether the upstream says, before any output, that it has failed."""
+        stream = self._stream
+        if (declared := stream.cut()) is not None:
+            raise self._failure(declared)
+        if stream.over:
+            if stream.outcome == "failed":
+                raise errors.declared_failure("The upstream's answer has failed.")
+            self.release()
 
     async def _pass(self, chunk: bytes) -> bool:
         """Relay a chunk; whether the client had to be waited for."""

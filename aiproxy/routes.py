@@ -123,6 +123,25 @@ class Balance:
         return [target for _, target in in_order]
 
 
+def speaking(route: Route, api: str) -> list[tuple[int, Target]]:
+    """The targets that serve what is asked for, with their positions.
+
+    Raises:
+        ProxyError: none of them speaks it, or what it can be bridged to.
+    """
+    served_by = _BRIDGED if api == "responses" else {api}
+    found = [
+        (position, target)
+        for position, target in enumerate(route.targets)
+        if served_by & target.upstream.apis
+    ]
+    if not found:
+        raise errors.unsupported_parameter(
+            "model", f"The model `{errors.shown(route.model)}` is not served on this endpoint."
+        )
+    return found
+
+
 def targets(
     route: Route,
     api: str,
@@ -140,19 +159,9 @@ def targets(
         prefer: the upstream that a conversation is with, where the route has it.
 
     Raises:
-        ProxyError: none of them speaks `api`, or what it can be bridged to.
+        ProxyError: as `speaking`.
     """
-    served_by = _BRIDGED if api == "responses" else {api}
-    speaking = [
-        (position, target)
-        for position, target in enumerate(route.targets)
-        if served_by & target.upstream.apis
-    ]
-    if not speaking:
-        raise errors.unsupported_parameter(
-            "model", f"The model `{errors.shown(route.model)}` is not served on this endpoint."
-        )
-    usable = [pair for pair in speaking if ready(pair[1])]
+    usable = [pair for pair in speaking(route, api) if ready(pair[1])]
     found: list[Target] = []
     for tier in sorted({target.tier for _, target in usable}):
         found += balance.in_turn(route.model, [p for p in usable if p[1].tier == tier])

@@ -88,6 +88,8 @@ class Standings:
         for name, upstream in config.upstreams.items():
             url, standing = self._known.get(name, ("", None))
             if standing is None or url != upstream.url:
+                if standing is not None and standing.breaker.state != "closed":
+                    self._told(name, "closed", "", 0.0)
                 standing = self._new(name, config)
             standing.most = upstream.max_concurrent
             standing.breaker.configure(bounds.failures, bounds.cooldown, bounds.max_cooldown)

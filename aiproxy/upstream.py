@@ -161,7 +161,7 @@ class Ask:
         self.retry_after = 0.0
         self._client = client
         self._standing = standing
-        self._entered = self.sent = False
+        self._entered = self.sent = self._probe = False
         self._exchange = exchange
         self._watch = watch
         self._shape = shape
@@ -183,6 +183,7 @@ class Ask:
             self.acted = False
             raise errors.upstream_unavailable(self._standing.wait(now))
         self._entered = self.sent = True
+        self._probe = self._standing.breaker.state == "half-open"
         self._head, self._body = head, body
         try:
             await self._ask()
@@ -217,7 +218,7 @@ class Ask:
             await self._refuse(answer)
         if coding not in CODINGS and coding not in ("", "identity"):
             raise self.not_an_answer(UNDECODABLE)
-        self._standing.breaker.succeeded()
+        self._standing.breaker.answered(probe=self._probe)
 
     def _sent(self) -> None:
         """The request's last byte is with the kernel."""
@@ -272,12 +273,12 @@ class Ask:
         self.acted = self.acted and self.result != "connect"
         if self._answer is not None and self._answer.status in _NO_CREDENTIAL:
             breaker.refused(now)
-        elif self.result == "status_4xx":
-            breaker.succeeded()
-        elif self.result is not None:
-            breaker.failed(now, self.retry_after)
-        elif self._answer is None:
-            breaker.unknown()
+        elif self.result is None and self._answer is None:
+            breaker.unknown(probe=self._probe)
+        elif self.result in (None, "status_4xx"):
+            breaker.succeeded(probe=self._probe)
+        else:
+            breaker.failed(now, self.retry_after, probe=self._probe)
 
     @property
     def media_type(self) -> str:

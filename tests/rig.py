@@ -262,7 +262,7 @@ class Proxy:
         """Let no upstream be left alone any more, whatever it has refused."""
         proxy = self.daemon._proxy
         for upstream in proxy.snapshot.config.upstreams.values():
-            proxy.standings.of(upstream).breaker.succeeded()
+            proxy.standings.of(upstream).breaker.succeeded(probe=True)
 
     async def _answer(self, client: RawClient) -> Answer:
         try:

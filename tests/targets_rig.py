@@ -167,8 +167,7 @@ class Rig:
 
     def calm(self) -> None:
         """Let no upstream be left alone any more."""
-        for name in self.proxy.daemon._proxy.snapshot.config.upstreams:
-            self.proxy.daemon._proxy.standings[name].breaker.succeeded()
+        self.proxy.calm()
 
     async def check(self, *bodies: bytes, **options: Any) -> None:
         """Assert the invariants, with all targets healed; `bodies` are of errors."""
@@ -176,9 +175,11 @@ class Rig:
         self.calm()
 
         async def none_in_flight() -> None:
-            standings = self.proxy.daemon._proxy.standings
-            names = self.proxy.daemon._proxy.snapshot.config.upstreams
-            assert [standings[name].in_flight for name in names] == [0] * len(names)
+            proxy = self.proxy.daemon._proxy
+            upstreams = proxy.snapshot.config.upstreams.values()
+            assert [proxy.standings.of(each).in_flight for each in upstreams] == [0] * len(
+                upstreams
+            )
 
         await eventually(none_in_flight)
         await check_invariants(

@@ -42,7 +42,7 @@ def test_one_probe() -> None:
     made = breaker()
     play(made, [("failed", 0.0)] * FAILURES)
     assert [made.admits(5.0), made.admits(5.0), made.state] == [True, False, "half-open"]
-    made.succeeded()
+    made.succeeded(probe=True)
     assert [made.state, made.admits(5.0), made.admits(5.0)] == ["closed", True, True]
 
 
@@ -51,7 +51,9 @@ def test_a_probe_that_ends_without_a_word() -> None:
     made = breaker()
     play(made, [("failed", 0.0)] * FAILURES)
     assert made.admits(5.0)
-    made.unknown()
+    made.unknown()  # of one that went before
+    assert not made.admits(5.0)
+    made.unknown(probe=True)
     assert made.admits(5.0)
 
 
@@ -64,11 +66,11 @@ def test_the_cooldown_doubles() -> None:
     for _ in range(6):
         now += MOST
         assert made.admits(now)
-        made.failed(now)
+        made.failed(now, probe=True)
     waits = [left for state, left in told if state == "open"]
     assert waits == [5.0, 10.0, 20.0, 40.0, 60.0, 60.0, 60.0]
     assert made.admits(now + MOST)
-    made.succeeded()
+    made.succeeded(probe=True)
     play(made, [("failed", 0.0)] * FAILURES)
     assert told[-1] == ("open", COOLDOWN)
 
@@ -120,7 +122,8 @@ def test_never_two_probes(steps: list[tuple[str, float]]) -> None:
             probing = probing or (admitted and state == "open")
         elif probing or state == "closed":
             args = (now,) if step in ("failed", "refused") else ()
-            getattr(made, step)(*args)
+            options = {} if step == "refused" else {"probe": probing}
+            getattr(made, step)(*args, **options)
             probing = False
         assert made.wait(now) <= MOST
 
