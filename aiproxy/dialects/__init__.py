@@ -188,8 +188,8 @@ class Stream(ABC):
         """Read a part of a frame that is too large to be read whole; what goes to the client."""
 
     def end(self) -> bytes:
-        """The terminal event that was held back; the stream is over with it."""
-        raise NotImplementedError
+        """The terminal event that was held back for `produced`; the stream is over with it."""
+        return b""
 
     def close(self) -> bytes:
         """What is still owed to the client once nothing more comes from the upstream."""

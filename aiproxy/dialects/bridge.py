@@ -8,25 +8,22 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from aiproxy.dialects import Answer, Asked, Dialect
 from aiproxy.dialects.bridge_request import Request, sort_tools
+from aiproxy.dialects.responses import Responses
 from aiproxy.dialects.responses_object import repeated
 from aiproxy.dialects.responses_parts import encode
 
 if TYPE_CHECKING:
     from aiproxy.config import Route, Upstream
+    from aiproxy.dialects import Answer, Asked
     from aiproxy.dialects.told_stream import ToldStream
     from aiproxy.envelope import Envelope
 
 
-class Bridge(Dialect):
-    """See `Dialect`; the client's request is one of the Responses API."""
+class Bridge(Responses):
+    """See `Dialect`: to its client it is the Responses API, to its upstream another one."""
 
     translates = True
-
-    def request(self, envelope: Envelope) -> Asked:
-        """Never asked for: what a client sends is read by the dialect that it speaks."""
-        raise NotImplementedError
 
     def check(self, envelope: Envelope, asked: Asked, route: Route, upstream: Upstream) -> None:
         """See `Dialect`."""

@@ -39,7 +39,6 @@ class ChatBridge(Bridge):
 
     api = "chat"
     path = "/chat/completions"
-    output_fields = ("max_output_tokens",)
 
     def translate(self, request: Request, upstream: Upstream) -> dict[str, Any]:
         """See `Bridge`."""

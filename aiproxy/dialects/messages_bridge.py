@@ -35,7 +35,6 @@ class MessagesBridge(Bridge):
 
     api = "messages"
     path = "/messages"
-    output_fields = ("max_output_tokens",)
 
     def bound(self, envelope: Envelope, asked: Asked, route: Route) -> None:
         """See `Bridge`: a maximum is required there."""

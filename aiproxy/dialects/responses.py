@@ -18,6 +18,7 @@ from aiproxy.dialects import (
     Asked,
     Dialect,
     NativeStream,
+    Stream,
     many_lines,
     members_of,
     output_maximum,
@@ -108,7 +109,7 @@ class Responses(Dialect):
             kept = produced(object_)
         return Answer(object_, outcome, counted, reason, kept)
 
-    def stream(self, asked: Asked) -> ResponsesStream:
+    def stream(self, asked: Asked) -> Stream:
         """See `Dialect`."""
         return ResponsesStream(asked)
 

@@ -40,7 +40,7 @@ class RepairedResponses(Responses):
         """See `Dialect`."""
         return RepairedStream(asked).told(body)
 
-    def stream(self, asked: Asked) -> RepairedStream:  # type: ignore[override]
+    def stream(self, asked: Asked) -> RepairedStream:
         """See `Dialect`."""
         return RepairedStream(asked)
 

@@ -32,7 +32,7 @@ for await (const event of stream) {
 const final = await stream.finalResponse();
 said.helper = { text, final: final.output_text, status: final.status, numbers };
 
-const cut = await client.responses.create({ model, input, max_output_tokens: 16, ignore_eos: true });
+const cut = await client.responses.create({ model, input, max_output_tokens: 4, temperature: 0 });
 said.cut = [cut.status, cut.incomplete_details?.reason];
 
 const openai = createOpenAI({ baseURL: AIPROXY_URL, apiKey: AIPROXY_KEY });
