@@ -2,6 +2,8 @@
 
 import asyncio
 import dataclasses
+import fcntl
+import os
 import sqlite3
 import stat
 import subprocess
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from aiproxy.sessions import Delta, Head, StoreError
-from aiproxy.stores import sqlite_file, sqlite_reader
+from aiproxy.stores import sqlite_book, sqlite_file, sqlite_reader
 from aiproxy.stores.sqlite import SqliteSessions
 from aiproxy.stores.sqlite_book import Book
 from conftest import BlockingCalls
@@ -297,14 +299,53 @@ async def test_what_is_removed_leaves_no_trace(file: Path, tmp_path: Path, reaso
 # Refused
 
 
-def test_one_process_has_it_open(file: Path) -> None:
-    """A second store on the same file is refused, until the first one is closed."""
-    first = opened(file)
-    with pytest.raises(StoreError, match=f"{file}: another aiproxy has it open"):
-        opened(file)
-    asyncio.run(first.put(turn("a")))
-    asyncio.run(first.close())
-    asyncio.run(opened(file).close())
+async def test_several_have_it_open(file: Path) -> None:
+    """What one has put, all others continue, count, and delete; no key is given twice."""
+    one, other = opened(file), opened(file)
+    await one.put(turn("a"))
+    await other.put(turn("b", parent=await head_of(other, "a")))
+    await one.put(turn("c", parent=await head_of(one, "b")))
+    keys = [(await head_of(one, name)).key for name in "abc"]
+    assert keys == sorted(set(keys))
+    assert await other.delete(await head_of(other, "c"))
+    assert (await one.load(ALICE, "c")).result == "missing"
+    await one.put(turn("d"))
+    assert (await head_of(other, "d")).key > keys[2]  # that of a deleted one is not given again
+    await other.close()
+    await one.put(turn("e"))
+    await one.close()
+    again = opened(file)
+    assert again.shares.turns == 4
+    await again.close()
+
+
+async def test_what_others_hold_is_counted_within_a_second(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound holds over all who write: what one has put makes another's owners give way."""
+    monkeypatch.setattr(sqlite_book, "RECOUNT", 0.0)
+    one, other = opened(file), opened(file)
+    for number in range(20):
+        await one.put(turn(f"a-{number}"))
+    most = one.shares.size
+    other.configure(ttl=TTL, max_bytes=most)
+    for number in range(20):
+        await other.put(turn(f"b-{number}"))
+    assert other.shares.size <= most + most // 8
+    await one.put(turn("last"))
+    assert one.shares.turns <= 24
+    await one.close()
+    await other.close()
+
+
+def test_a_file_that_another_process_opens_for_ever(file: Path) -> None:
+    """It is waited for, but not for ever."""
+    lock = os.open(f"{file}-lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(StoreError, match=f"{file}: another process is opening it"):
+        opened(file, patience=0.1)
+    os.close(lock)
+    asyncio.run(opened(file, patience=0.1).close())
 
 
 def test_what_is_refused_is_not_touched_nor_locked(file: Path) -> None:

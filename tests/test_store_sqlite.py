@@ -265,7 +265,6 @@ def test_a_removal_goes_on_after_a_restart(file: Path, reason: Removal) -> None:
         book.put(turn("late", parent=head))
     book.rollback()
     connection.close()
-    kept.release()
 
     async def goes_on() -> None:
         async with opened(file, clock) as store:
@@ -399,7 +398,6 @@ def test_l5_what_was_emptied_is_known_after_a_rollback(file: Path) -> None:
     changing(book, book.tend)
     assert connection.execute("SELECT count(*) FROM conversations").fetchone() == (0,)
     connection.close()
-    kept.release()
 
 
 # Large content

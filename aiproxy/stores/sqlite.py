@@ -218,5 +218,5 @@ class SqliteSessions:
         self._book = None
         # A disk that hangs must not keep the process: what was promised is durable already.
         if self._writer.close(CLOSING) and self._readers.close(CLOSING):
-            self._connection.close()  # the last one: writes the log into the file, and removes it
-            self._file.release()
+            # The last of all processes writes the log into the file by this, and removes it.
+            self._connection.close()

@@ -1,4 +1,8 @@
-"""Turns in SQLite: what is done within a transaction, in the thread that writes."""
+"""Turns in SQLite: what is done within a transaction, in the thread that writes.
+
+Another process may write the same file, while one takes over from the other: what it has done is
+seen when the next transaction begins. It does not know which conversations are in use here.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
 STEP = 64  # turns that are removed in one transaction
 MOST_OWED = 64 * 1024 * 1024  # bytes over its bound that the file may take for a moment
 GIVING_WAY = 0.25  # seconds of a transaction in which others give way to what it has put
+RECOUNT = 1.0  # seconds at least between two counts of all owners, while others write
 FIRST = -1.0  # `used` of a conversation that is being removed: before all others
 _GONE: tuple[Removal, ...] = ("deleted", "ttl", "size")  # by the value of `gone`; 0: it is not
 
@@ -70,22 +75,42 @@ class Book:
         self.more = False
         self.deleted = False
         self._undo: list[Callable[[], object]] = []  # what the transaction has changed here
-        self._last_key = 0
+        self._last_key = self._kept_key = 0  # the last one given, and as the file has it
+        self._version = -1  # of the file, as SQLite tells whether others have written
+        self._behind = False  # they have, and the owners were not counted since
+        self._count_at = 0.0  # when they may be, on the monotonic clock
         self._owed = 0  # bytes that were put beyond the bound, and nothing has given way to
         self._owed_before = 0
         self.stale = True  # as a crash may have left it
         self._load()
 
     def _load(self) -> None:
+        self._execute("BEGIN IMMEDIATE")
         self._execute("DELETE FROM conversations WHERE turns <= 0")
+        self._catch_up()
+        self._execute("COMMIT")
+
+    def _catch_up(self) -> None:
+        """Learn what others have changed."""
+        version = self._execute("PRAGMA data_version").fetchone()[0]
+        if version != self._version:
+            self._version = version
+            self._behind = True
+            (self._kept_key,) = self._execute("SELECT last FROM keys").fetchone()
+            self._last_key = max(self._last_key, self._kept_key)
+        if self._behind and time.monotonic() >= self._count_at:
+            self._behind = False
+            self._count()
+            self._count_at = time.monotonic() + RECOUNT
+
+    def _count(self) -> None:
+        """What all owners hold, by the file."""
+        shares = Shares(removed=self.shares.removed)
         for owner, size, turns in self._execute(
             "SELECT owner, sum(size), sum(turns) FROM conversations GROUP BY owner"
         ):
-            self.shares.add(owner, size, turns)
-        self._last_key = self._execute(
-            "SELECT max(coalesce((SELECT max(id) FROM turns), 0),"
-            " coalesce((SELECT max(id) FROM conversations), 0))"
-        ).fetchone()[0]
+            shares.add(owner, size, turns)
+        self.shares = shares
 
     # -- transactions
 
@@ -93,10 +118,14 @@ class Book:
         """Begin a transaction; waits for others that have the file locked."""
         self._execute("BEGIN IMMEDIATE")
         self._owed_before = self._owed
+        self._catch_up()
 
     def commit(self) -> None:
         """Make durable what was done."""
+        if self._last_key != self._kept_key:
+            self._execute("UPDATE keys SET last = ?", (self._last_key,))
         self._execute("COMMIT")
+        self._kept_key = self._last_key
         self._undo.clear()
 
     def rollback(self) -> None:

@@ -2,7 +2,8 @@
 
 A write-ahead log, flushed at every commit (`synchronous=FULL`), so that what was committed survives
 a crash of the process and of the machine; `secure_delete`, so that what was deleted is overwritten
-(sqlite.org, "PRAGMA Statements").
+(sqlite.org, "PRAGMA Statements"). Several processes may have it open: one that takes over begins
+while the one before it still drains.
 """
 
 from __future__ import annotations
@@ -11,15 +12,33 @@ import fcntl
 import os
 import sqlite3
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aiproxy.sessions import StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 APPLICATION_ID = 0x61697078  # "aipx": file(1) and others tell a file by it
 VERSION = 1
 CHECK = 5.0  # seconds at most for the check of a file's structure at the start
 MOST_LOG = 64 * 1024 * 1024  # bytes of the write-ahead log that stay when it is not needed
-_ADDED = "CREATE INDEX IF NOT EXISTS conversations_by_age ON conversations (used)"
+# What earlier builds have not made, and do not miss.
+_ADDED = """
+BEGIN IMMEDIATE;
+CREATE INDEX IF NOT EXISTS conversations_by_age ON conversations (used);
+CREATE TABLE IF NOT EXISTS keys (  -- one row: no key of a turn is ever given twice
+    one INTEGER PRIMARY KEY CHECK (one = 1),
+    last INTEGER NOT NULL
+);
+INSERT INTO keys SELECT 1, max(
+    coalesce((SELECT max(id) FROM turns), 0), coalesce((SELECT max(id) FROM conversations), 0)
+) WHERE true ON CONFLICT DO UPDATE SET last = max(last, excluded.last);
+COMMIT;
+"""
+_RETRY = 0.02  # seconds until the lock of another that opens the file is tried again
 _INSTRUCTIONS = 100_000  # of SQLite's machine, between looks at the clock
 
 # What is read of a turn before its content comes first: it stays on the row's own page, while
@@ -72,7 +91,7 @@ CREATE INDEX items_by_turn ON items (turn);
 
 
 class SessionFile:
-    """One file, which one process may have open. All of it may block.
+    """One file. All of it may block.
 
     Args:
         path: of the file; its directory must be there.
@@ -82,27 +101,38 @@ class SessionFile:
     def __init__(self, path: Path, *, patience: float) -> None:
         self.path = path
         self._patience = patience
-        self._lock = -1
 
     def open(self) -> sqlite3.Connection:
-        """Lock, open and check it; return the connection for writing.
+        """Open and check it, or make it; return the connection for writing.
 
         Raises:
             StoreError: it cannot be used; the message names the file, and says why.
         """
         try:
-            return self._open()
+            with self._alone():
+                return self._open()
         except sqlite3.Error as error:
             raise self.refused(error) from None
         except OSError as error:
-            self.release()
             raise StoreError(f"{self.path}: {os.strerror(error.errno or 0)}") from None
         except StoreError as error:
-            self.release()
             raise StoreError(f"{self.path}: {error}") from None
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Have no other process open it meanwhile: it may be empty yet."""
+        lock = os.open(Path(f"{self.path}-lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            until = time.monotonic() + self._patience
+            while not _locked(lock):
+                if time.monotonic() >= until:
+                    raise StoreError("another process is opening it, and does not come to an end")
+                time.sleep(_RETRY)
+            yield
+        finally:
+            os.close(lock)
+
     def _open(self) -> sqlite3.Connection:
-        self._take_lock()
         # Prompts are nobody else's business; SQLite gives its other files the same mode.
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         connection = self.connect()
@@ -113,24 +143,9 @@ class SessionFile:
             raise
         return connection
 
-    def _take_lock(self) -> None:
-        beside = Path(f"{self.path}-lock")
-        self._lock = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreError("another aiproxy has it open") from None
-
     def refused(self, error: sqlite3.Error) -> StoreError:
-        """It cannot be used: let others open it, and say why."""
-        self.release()
+        """Why it cannot be used."""
         return StoreError(f"{self.path}: {_reason(error)}")
-
-    def release(self) -> None:
-        """Let others open it."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
 
     def connect(self) -> sqlite3.Connection:
         """A connection, for one thread at a time."""
@@ -163,9 +178,15 @@ class SessionFile:
                 f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA application_id = {APPLICATION_ID};"
                 f" PRAGMA user_version = {VERSION}; COMMIT;"
             )
-        connection.execute(_ADDED)  # to a file that an earlier build made, too
-        connection.execute("BEGIN IMMEDIATE")  # that it can be written is found out now
-        connection.execute("ROLLBACK")
+        connection.executescript(_ADDED)  # that it can be written is found out now
+
+
+def _locked(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _number(connection: sqlite3.Connection, pragma: str) -> int:
