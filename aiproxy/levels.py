@@ -7,7 +7,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from aiproxy.stores.level_file import LevelFile, LevelFileError
+from aiproxy.stores.level_file import LevelFile, LevelFileError, TakenOverError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,6 +44,7 @@ class LevelKeeper:
         self._timer: asyncio.TimerHandle | None = None
         self._writing: asyncio.Future[None] | None = None
         self._failing = False
+        self._taken = False  # by another process, which began later
 
     def restore(self) -> None:
         """Take over what was written last. May block; to be called before the limits are set."""
@@ -63,7 +64,7 @@ class LevelKeeper:
     def start(self) -> None:
         """Write from now on; say so if that cannot be."""
         if self._file is not None:
-            self._later()
+            self._begin()
         elif self._limits.any:
             self._log.warning(
                 "levels not kept",
@@ -95,6 +96,13 @@ class LevelKeeper:
     def _judge(self, writing: asyncio.Future[None]) -> None:
         """Log when it begins to fail, and when it is well again."""
         error = None if writing.cancelled() else writing.exception()
+        taken = isinstance(error, TakenOverError)
+        if taken != self._taken:
+            self._taken = taken
+            said = "levels kept by another process" if taken else "levels kept again"
+            self._log.info(said)
+        if taken:
+            return
         if error is not None:
             self._metrics.store_failed("levels", "save")
             if not self._failing:

@@ -3,8 +3,10 @@
 import asyncio
 import json
 import os
+import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ from aiproxy.levels import LevelKeeper
 from aiproxy.logs import Log
 from aiproxy.metrics import Metrics
 from aiproxy.stores import level_file
-from aiproxy.stores.level_file import LevelFile, LevelFileError, state_directory
+from aiproxy.stores.level_file import LevelFile, LevelFileError, TakenOverError, state_directory
 from aiproxy.stores.memory import MemoryLimits
 from conftest import BlockingCalls
 from invariants import check_invariants, eventually
@@ -193,6 +195,11 @@ async def test_a_restart_gives_nobody_a_full_bucket(
     assert left(proxy, "tokens") == [86400]  # aged, and not above capacity
 
 
+async def waits(keeper: LevelKeeper) -> None:
+    """Assert that it has written, and will again."""
+    assert keeper._timer is not None
+
+
 async def test_what_a_crash_leaves_is_not_a_full_bucket(
     run: Run, upstream: ScriptedUpstream, tmp_path: Path
 ) -> None:
@@ -201,6 +208,7 @@ async def test_what_a_crash_leaves_is_not_a_full_bucket(
     proxy = await run(text, tmp_path)
     keeper = proxy.daemon._levels
     assert keeper._period == 10
+    await eventually(partial(waits, keeper))
     assert keeper._timer is not None
     keeper._timer.cancel()
     keeper._period = 0.01
@@ -232,7 +240,7 @@ async def test_a_state_directory_that_is_gone_stops_no_end(
     events = [line["event"] for line in proxy.logs()]
     assert events.count("levels not written") == 1
     assert events[-1] == "stopped"
-    counted = b'aiproxy_store_errors_total{operation="save",store="levels"} 1.0'
+    counted = b'aiproxy_store_errors_total{operation="save",store="levels"} 2.0'
     assert counted in proxy.daemon._metrics.exposition()
 
 
@@ -410,6 +418,44 @@ def test_the_state_directory() -> None:
     assert state_directory({}) is state_directory({"STATE_DIRECTORY": ""}) is None
     assert state_directory({"STATE_DIRECTORY": "/a/b"}) == Path("/a/b")
     assert state_directory({"STATE_DIRECTORY": "/a:/b"}) == Path("/a")
+
+
+def test_who_began_last_owns_the_file(tmp_path: Path) -> None:
+    """One that drains does not overwrite its successor's levels, unless that one has died."""
+    old, new = LevelFile(tmp_path), LevelFile(tmp_path)
+    levels = limits_of().save()
+    old.save(levels, 0, 1)
+    new.save(levels, 0, 2)
+    with pytest.raises(TakenOverError):
+        old.save(levels, 0, 3)
+    new.save(levels, 0, 4)
+    document = json.loads((tmp_path / "levels.json").read_bytes())
+    assert (document["time_ns"], document["pid"]) == (4, os.getpid())
+    with subprocess.Popen(["/bin/true"]) as ended:  # its pid is nobody's afterwards
+        pass
+    (tmp_path / "levels.json").write_text(json.dumps({**document, "pid": ended.pid}))
+    old.save(levels, 0, 5)
+    with pytest.raises(TakenOverError):
+        new.save(levels, 0, 6)
+
+
+async def test_a_daemon_that_was_followed_does_not_write(
+    run: Run, upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    """The end of the one before leaves the levels of the one that began last."""
+    text = text_of(upstream, {"requests": "5/day"})
+    before = await run(text, tmp_path)
+    await eventually(partial(waits, before.daemon._levels))
+    after = await run(text, tmp_path)
+    await eventually(partial(waits, after.daemon._levels))
+    assert [(await after.post()).status for _ in range(2)] == [200] * 2
+    await after.daemon._levels.stop()
+    written = (tmp_path / "levels.json").read_bytes()
+    await before.stop()
+    assert (tmp_path / "levels.json").read_bytes() == written
+    said = [line["event"] for line in before.logs()]
+    assert said.count("levels kept by another process") == 1
+    assert "levels not written" not in said
 
 
 def test_a_save_that_fails_leaves_nothing_behind(

@@ -3,11 +3,15 @@
 A restart gives nobody a full bucket. The file holds what was left, and when: within one boot of the
 machine by a clock that nobody sets, else by the wall clock. What is aged wrongly is never more than
 full.
+
+Of several processes with one state directory, the one that began last owns the file: one that still
+drains does not overwrite what its successor writes.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,12 +35,26 @@ class LevelFileError(Exception):
     """The file cannot be used; the message says why."""
 
 
+class TakenOverError(Exception):
+    """Another process has begun later, and lives: the file is its own."""
+
+
 class _Document(msgspec.Struct):
     version: int
     boot_id: str
     monotonic_ns: int
     time_ns: int
     levels: dict[str, dict[str, dict[str, list[SavedBucket]]]]
+    owner: str = ""
+    pid: int = 0
+
+
+class _Mark(msgspec.Struct):
+    """Of a document, who wrote it."""
+
+    owner: str = ""
+    pid: int = 0
+    boot_id: str = ""
 
 
 def state_directory(environ: Mapping[str, str]) -> Path | None:
@@ -50,6 +68,8 @@ class LevelFile:
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / NAME
+        self._owner = secrets.token_hex(8)
+        self._claimed = False
 
     def load(self) -> tuple[Levels, int] | None:
         """The saved levels, and how many ns ago that was; None: there are none.
@@ -78,15 +98,22 @@ class LevelFile:
     def save(self, levels: Levels, monotonic_ns: int, time_ns: int) -> None:
         """Put levels of these moments in the place of the old ones: whole, or not at all.
 
+        The first time the file becomes ours.
+
         Raises:
+            TakenOverError: it has become another's since.
             OSError: it cannot be written; the old file is as it was.
         """
+        if self._claimed and self._is_another_s():
+            raise TakenOverError
         document = {
             "version": VERSION,
             "boot_id": _boot_id(),
             "monotonic_ns": monotonic_ns,
             "time_ns": time_ns,
             "levels": levels,
+            "owner": self._owner,
+            "pid": os.getpid(),
         }
         beside = self.path.with_suffix(f".{os.getpid()}.new")
         try:
@@ -98,6 +125,23 @@ class LevelFile:
         except OSError:
             beside.unlink(missing_ok=True)
             raise
+        self._claimed = True
+
+    def _is_another_s(self) -> bool:
+        """Whether the file was written by a process that began after this one, and lives."""
+        try:
+            mark = msgspec.json.decode(self.path.read_bytes(), type=_Mark)
+        except (OSError, msgspec.DecodeError):
+            return False
+        if mark.owner in ("", self._owner) or mark.boot_id != _boot_id():
+            return False
+        try:
+            os.kill(mark.pid, 0)
+        except ProcessLookupError:
+            return False  # it came to nothing: the file is ours again
+        except OSError:
+            pass  # it lives, as another user
+        return True
 
 
 def _boot_id() -> str:
