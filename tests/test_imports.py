@@ -16,7 +16,7 @@ CONNECTED += (
 LAYERS = [
     "errors sse usage headers jsontext coding prompt_size",
     "envelope",
-    "limits routes sessions dialects auth recent breaker standing",
+    "limits routes sessions dialects auth recent breaker standing account_objects",
     "exchange",
     CONNECTED,
     "snapshot session_gate call referred conversation relay attempts proxy stored counting",
