@@ -4,8 +4,8 @@
     python tests/soak.py --minutes 10
 
 A daemon in a process of its own is put under load, round after round: streams and JSON of every
-API, bridges, conversations, limits, failures, and clients that leave in each phase (`soak_load`).
-After each round, once it is at rest, what it holds must be what it held after the warm-up: to the
+API, bridges, conversations, limits, failures, and clients that leave in each phase (`soak_load`),
+and a reload. After each round, once it is at rest, what it holds must be what it held after the warm-up: to the
 descriptor, the task, the series, the slot. Its memory may not grow by more than 64 bytes per
 request over the later rounds. Nothing may be in its output that nobody awaited or closed.
 
@@ -23,6 +23,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -42,7 +43,7 @@ from upstream import ScriptedUpstream
 
 HERE = Path(__file__).resolve().parent
 MOST = 64  # bytes per request
-LONG = 200_000  # requests over which the resident set says something
+LONG = 50_000  # requests over which the resident set says something
 ROUNDS = 10
 WARM = 40  # decks: by then all caches are full
 START_LIMIT = 30.0  # seconds
@@ -100,6 +101,10 @@ class Soaked:
         assert self._process.stdin is not None
         self._process.stdin.write(b"\n")
         return Held(**await self.line())
+
+    def reload(self) -> None:
+        """Let it read its configuration again."""
+        self._process.send_signal(signal.SIGHUP)
 
     async def end(self) -> int:
         """Let it end in order; return its exit code."""
@@ -202,9 +207,12 @@ class Report:
 
     def judge_output(self, output: str, code: int) -> None:
         """Judge how it ended, and what it printed."""
-        lines = [line for line in output.splitlines() if SUSPECT.search(line)]
-        if lines:
-            self.found.append(f"its output says: {' | '.join(lines[:3])}")
+        said: dict[str, list[str]] = {}
+        for line in output.splitlines():
+            if (found := SUSPECT.search(line)) is not None:
+                said.setdefault(found[0].lower(), []).append(line)
+        for words, lines in sorted(said.items()):
+            self.found.append(f"its output says {words!r}, {len(lines)} times: {lines[0]}")
         if code:
             self.found.append(f"it ended with {code}")
 
@@ -288,6 +296,7 @@ async def soak(folder: Path, plan: Plan) -> Report:
             streams, left = load.streams, load.left.copy()
             print(HEAD, row("warm-up", baseline, None), sep="\n", flush=True)
             for number in range(1, plan.rounds + 1):
+                soaked.reload()
                 await load.run(decks)
                 held = await at_rest(soaked, baseline, plan.patience)
                 report.rounds.append(held)
@@ -308,6 +317,7 @@ async def _warmed_up(soaked: Soaked, load: Load, plan: Plan) -> tuple[Held, floa
     series: list[str] = []
     decks = plan.warm
     for _ in range(5):
+        soaked.reload()
         began = time.monotonic()
         await load.run(decks)
         rate = decks / (time.monotonic() - began)

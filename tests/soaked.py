@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from functools import partial, wraps
@@ -241,12 +242,19 @@ def _series(record: Callable[..., None], metrics: Metrics, exchange: "Exchange")
     record(metrics, exchange)
 
 
+def _careless(finish: Callable[..., None], call: Call, outcome: object) -> None:
+    asyncio.sleep(0)  # never awaited
+    socket.socket()  # unclosed
+    finish(call, outcome)
+
+
 LEAKS: dict[str, Callable[[], None]] = {
     "bytes": partial(_leak, Call, "finish", _bytes, 1),
     "descriptor": partial(_leak, Call, "finish", _descriptor),
     "task": partial(_leak, Call, "finish", _task),
     "slot": partial(_leak, Reservation, "settle", _slot),
     "series": partial(_leak, Metrics, "record", _series),
+    "careless": partial(_leak, Call, "finish", _careless),
 }
 
 

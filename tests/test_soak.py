@@ -1,0 +1,49 @@
+"""The soak in short: the daemon keeps nothing of what it has served, and a leak is seen."""
+
+from pathlib import Path
+
+import pytest
+
+import soak
+from soak import Plan
+from soak_load import PHASES
+
+# Of a leak only so much is served that there are some of what each fiftieth request leaks.
+SHORT = Plan(decks=2, rounds=1, warm=6, patience=1.0)
+KEPT = 200 + 33 + 16  # bytes: what is leaked of each request, as an object, in a block
+
+
+async def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    """After thousands of streams and hundreds of clients that left all is as it was before."""
+    report = await soak.soak(tmp_path, Plan(decks=20, rounds=5, warm=30))
+    assert report.found == []
+    assert report.streams == 2000
+    assert report.left == dict.fromkeys(PHASES, 200)
+    assert report.growth <= 64
+
+
+async def test_a_leak_of_bytes_is_seen(tmp_path: Path) -> None:
+    """200 bytes that are kept of each request show as what they are, and as nothing else."""
+    report = await soak.soak(tmp_path, Plan(decks=5, rounds=4, warm=30, leak="bytes"))
+    assert report.growth == pytest.approx(KEPT, abs=60)
+    assert report.found == [
+        f"memory grows by {report.growth:.0f} bytes per request, at most 64 are allowed"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("leak", "told"),
+    [
+        ("descriptor", ["file descriptors: "]),
+        ("task", ["tasks: "]),
+        ("slot", ["slots of limits and upstreams: ", "tokens set aside: "]),
+        ("series", ["series of metrics: "]),
+        ("careless", ["its output says 'never awaited', ", "its output says 'unclosed', "]),
+    ],
+)
+async def test_a_leak_is_seen(tmp_path: Path, leak: str, told: list[str]) -> None:
+    """What each fiftieth request leaks is named, and nothing else is."""
+    report = await soak.soak(tmp_path, Plan(**{**vars(SHORT), "leak": leak}))
+    assert len(report.found) == len(told), report.found
+    for sentence, begins in zip(report.found, told, strict=True):
+        assert sentence.startswith(begins)
