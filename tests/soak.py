@@ -4,9 +4,9 @@
     python tests/soak.py --minutes 10
 
 A daemon in a process of its own is put under load, round after round: streams and JSON of every
-API, bridges, conversations, limits, failures, and clients that leave in each phase (`soak_load`),
-and a reload. After each round, once it is at rest, what it holds must be what it held after the warm-up: to the
-descriptor, the task, the series, the slot. Its memory may not grow by more than 64 bytes per
+API, bridges, conversations, limits, failures, clients that leave in each phase (`soak_load`), and a
+reload. After each round, once it is at rest, what it holds must be what it held after the warm-up:
+to the descriptor, the task, the series, the slot. Its memory may not grow by more than 64 bytes per
 request over the later rounds. Nothing may be in its output that nobody awaited or closed.
 
 Memory is what is allocated and not freed, as the C library counts it with Python's own pools turned
@@ -57,14 +57,13 @@ ALLOCATION = {
     "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
 }
 SUSPECT = re.compile(
-    r"never awaited|unclosed|never retrieved|was destroyed|Exception ignored|Traceback"
+    r"never awaited|unclosed|never retrieved|was destroyed|Exception ignored|Traceback \("
     r'|"level":"(?:error|critical)"',
     re.IGNORECASE,
 )
-# What is as it was once the daemon is at rest, as sentences name it.
-NAMES = {
-    "descriptors": "file descriptors",
-    "tasks": "tasks",
+# What is as it was once the daemon is at rest, as sentences name it; the latter are then none.
+SAME = {"descriptors": "file descriptors", "tasks": "tasks", "series": "series of metrics"}
+NONE = {
     "slots": "slots of limits and upstreams",
     "in_flight": "requests in flight by the gauge",
     "calls": "requests in hand",
@@ -189,17 +188,19 @@ class Report:
 
     def judge(self, held: Held, made: int) -> bool:
         """Judge what is held at rest after so many requests; tell whether it is as it should be."""
-        before = self.baseline
-        for name, what in NAMES.items():
-            now, then = getattr(held, name), getattr(before, name)
-            if now != then:
-                self.found.append(f"{what}: {now} at rest, {then} after the warm-up")
-        new = sorted(set(held.series) ^ set(before.series))
-        if new:
-            self.found.append(
-                f"series of metrics: {len(held.series)}, {len(before.series)} after the warm-up:"
-                f" {', '.join(new[:3])}{', ...' if len(new) > 3 else ''}"
-            )
+        for name, what in SAME.items():
+            now, then = getattr(held, name), getattr(self.baseline, name)
+            if now == then:
+                continue
+            if name == "series":
+                new = sorted(set(now) ^ set(then))
+                now, then = len(now), f"{len(then)} (new or gone: {', '.join(new[:3])})"
+            self.found.append(f"{what}: {now} at rest, after the warm-up {then}")
+        self.found += [
+            f"{what}: {getattr(held, name)} at rest"
+            for name, what in NONE.items()
+            if getattr(held, name)
+        ]
         for many, what in ((held.logged, "lines in the log"), (held.requests, "have ended")):
             if many != made:
                 self.found.append(f"{many} {what} of {made} requests")
@@ -237,26 +238,25 @@ def row(name: str, held: Held, grown: float | None) -> str:
 
 
 async def at_rest(soaked: Soaked, like: Held | None, patience: float) -> Held:
-    """Return what is held at rest: as `like` it if it can be, else when it has not changed."""
+    """Return what is held at rest: what must be none is, and nothing changes; `like` it if given.
 
-    def exact(held: Held) -> Held:
-        return held._replace(memory=0, resident=0)
-
+    After `patience` seconds, what is held then.
+    """
     loop = asyncio.get_running_loop()
     end, same, held = loop.time() + patience, 0, await soaked.held()
     while True:
-        quiet = not (held.clients or held.upstreams or held.calls) and held.logged == held.requests
-        if same >= STILL and quiet and (like is None or _as_it_was(held, like)):
+        none = not any(getattr(held, name) for name in NONE) and held.logged == held.requests
+        if same >= STILL and none and (like is None or _alike(held, like)):
             return held
         if loop.time() > end:
             return held
         await asyncio.sleep(PAUSE)
         before, held = held, await soaked.held()
-        same = same + 1 if exact(held) == exact(before) else 0
+        same = same + 1 if _alike(held, before) and held.requests == before.requests else 0
 
 
-def _as_it_was(held: Held, before: Held) -> bool:
-    return all(getattr(held, name) == getattr(before, name) for name in (*NAMES, "series"))
+def _alike(held: Held, other: Held) -> bool:
+    return all(getattr(held, name) == getattr(other, name) for name in SAME)
 
 
 @dataclass(frozen=True)
@@ -305,7 +305,8 @@ async def soak(folder: Path, plan: Plan) -> Report:
                     break
             else:
                 report.judge_growth()
-            report.judge_output(soaked.output(), await soaked.end())
+            code = await soaked.end()
+            report.judge_output(soaked.output(), code)
     report.streams = load.streams - streams
     report.left = {phase: load.left[phase] - left[phase] for phase in PHASES}
     report.seconds = time.monotonic() - began
