@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from aiproxy.dialects import Answer, Asked, Dialect
     from aiproxy.envelope import Envelope
     from aiproxy.errors import Outcome
+    from aiproxy.routes import Order
     from aiproxy.standing import Standings
 
 BACKOFF, MOST_BACKOFF = 0.1, 2.0  # seconds; doubled each time, and drawn from 0 on (full jitter)
@@ -56,7 +57,7 @@ class Attempts:
         dialect: the client's.
         asked: what it asks for; each attempt has a copy of its own.
         envelope: its body; each attempt has a copy of its own.
-        targets: of the route, in the order of trying.
+        order: the targets of the route, in the order of trying.
         standings: how the upstreams are doing.
     """
 
@@ -67,7 +68,7 @@ class Attempts:
         dialect: Dialect,
         asked: Asked,
         envelope: Envelope,
-        targets: list[Target],
+        order: Order,
         standings: Standings,
     ) -> None:
         self._call = call
@@ -75,7 +76,7 @@ class Attempts:
         self._dialect = dialect
         self._asked = asked
         self._envelope: Envelope | None = envelope
-        self._targets = targets
+        self._order = order
         self._standings = standings
         self._left = call.snapshot.config.retries
         self._rounds = 0
@@ -91,7 +92,8 @@ class Attempts:
         """
         first: ProxyError | None = None
         exchange = self._call.exchange
-        for position, target in enumerate(self._targets):
+        for position in range(len(self._order.targets)):
+            target = self._order.reach(position)
             way = self._way(target)
             exchange.upstream = exchange.upstream or target.upstream.name
             try:
@@ -103,7 +105,7 @@ class Attempts:
             except ProxyError as error:
                 first = first or error
                 continue
-            self._targets = self._targets[position:]
+            self._order.leave_out(position)
             exchange.upstream = target.upstream.name
             return way.asked
         raise first or errors.upstream_unavailable(0.0)
@@ -114,7 +116,7 @@ class Attempts:
         last: _Again | None = None
         while True:
             try:
-                return await self._attempt(self._targets[position])
+                return await self._attempt(self._order.targets[position])
             except _Again as again:
                 last = again
             except ProxyError:
@@ -140,17 +142,19 @@ class Attempts:
             self._not_before[position] = now + again.retry_after
         waits = [
             max(self._standings.of(each.upstream).wait(now), self._not_before.get(at, now) - now)
-            for at, each in enumerate(self._targets)
+            for at, each in enumerate(self._order.targets)
         ]
-        for ahead in range(position + 1, len(self._targets)):
+        for ahead in range(position + 1, len(waits)):
             if waits[ahead] == 0.0:
+                self._order.reach(ahead, lambda at: waits[at] == 0.0)
                 return ahead, 0.0
-        # All were tried: once more from the first on, after a while.
-        ready = [at for at in range(len(self._targets)) if waits[at] <= MOST_WAIT]
-        if not ready:
+        # All were tried: once more from the first on, after a while; not for ever, though those
+        # that are full cost no attempt.
+        ready = [at for at, wait in enumerate(waits) if wait <= MOST_WAIT]
+        if not ready or self._rounds >= self._call.snapshot.config.retries:
             return None
         best = min(ready, key=lambda at: waits[at])
-        if best == position and not again.sent:
+        if not again.sent and (best == position or not self._call.exchange.attempts):
             return None  # it is full, and will be
         most = min(MOST_BACKOFF, BACKOFF * 2.0**self._rounds)
         self._rounds += 1
@@ -171,10 +175,12 @@ class Attempts:
     async def _attempt(self, target: Target) -> Outcome:
         call = self._call
         way = self._way(target)
-        call.begin_attempt(way)
         self._ask = self._relay = None
         try:
             envelope = await self._prepared(way)
+            call.begin_attempt(way)  # not before: one that cannot be asked for it says nothing
+            if way.asked.stream:
+                call.stream = way.spoken.stream(way.asked)
             ask = await self._send(way, envelope)
             del envelope  # a stream may last for hours; its request's body need not
             with ask as answer:
@@ -183,8 +189,6 @@ class Attempts:
                 if way.asked.stream:
                     return await self._relay_stream(answer, way)
                 return await self._relay_json(answer, way)
-        except Late as late:
-            failed = self._judged(self._late(late))
         except ProxyError as error:
             failed = self._judged(error)
         if not isinstance(failed, _Again):
@@ -206,7 +210,7 @@ class Attempts:
         work = partial(way.spoken.adapt, envelope, way.asked, self._route)
         await aside(work, envelope.size)
         rename(way, envelope)
-        if way.asked.stream:
+        if way.asked.stream and call.stream is None:  # a heartbeat is owed an end, too
             call.stream = way.spoken.stream(way.asked)
             call.watch.heartbeat(call.snapshot.config.streams.keepalive, call.beat)
         if call.conversation is not None:
@@ -217,7 +221,7 @@ class Attempts:
         call, upstream = self._call, way.target.upstream
         client, standing = call.snapshot.clients[upstream.name], self._standings.of(upstream)
         self._ask = Ask(client, standing, call.exchange, call.watch, shape=call.shape)
-        return await send(call, way, envelope, self._ask)
+        return await send(call, way, envelope, self._ask, again=self._route.retry_unsafe)
 
     async def _send(self, way: Way, envelope: Envelope) -> Ask:
         """Send the request; once more where it was refused for what we have added."""
@@ -231,11 +235,6 @@ class Attempts:
         ask = await self._send_once(way, envelope)
         conversation.refused_for_reasoning()
         return ask
-
-    def _late(self, late: Late) -> ProxyError:
-        if late.phase == "connect":
-            return errors.upstream_error("The upstream could not be connected to in time.")
-        return errors.upstream_timeout(late.phase, again=self._route.retry_unsafe)
 
     @property
     def _more(self) -> bool:
@@ -300,8 +299,19 @@ def _made(answer: Answer) -> bool:
     return answer.usage is not None and answer.usage.total_output > 0
 
 
-async def send(call: Call, way: Way, envelope: Envelope, ask: Ask) -> Ask:
-    """Send a request to its target."""
+async def send(call: Call, way: Way, envelope: Envelope, ask: Ask, *, again: bool = False) -> Ask:
+    """Send a request to its target.
+
+    Args:
+        call: the request.
+        way: to the target.
+        envelope: what is sent.
+        ask: the attempt.
+        again: whether the client may try again after a silence.
+
+    Raises:
+        ProxyError: no answer, or a refusal.
+    """
     asked, target, dialect = way
     client = call.snapshot.clients[target.upstream.name]
     recalled = 0 if call.conversation is None else call.conversation.recalled
@@ -317,4 +327,9 @@ async def send(call: Call, way: Way, envelope: Envelope, ask: Ask) -> Ask:
         request_id=call.exchange.request_id,
         size=len(body),
     )
-    return await call.watch.attempt(ask.send(head, body))
+    try:
+        return await call.watch.attempt(ask.send(head, body))
+    except Late as late:
+        if ask.result == "connect":
+            raise errors.upstream_error("The upstream could not be connected to in time.") from None
+        raise errors.upstream_timeout(late.phase, again=again) from None

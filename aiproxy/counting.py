@@ -45,9 +45,10 @@ class Counting:
         if dialect.api == "responses":
             conversation = call.conversation = Conversation(self._sessions, call, asked)
             await conversation.begin(envelope)
+        order = proxy.order(call, route, dialect)
         target = next(
             each
-            for each in proxy.targets(call, route, dialect)
+            for each in map(order.reach, range(len(order.targets)))
             if dialect.api in each.upstream.apis
         )
         way = Way(asked, target, dialect)

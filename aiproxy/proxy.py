@@ -25,6 +25,7 @@ from aiproxy.exchange import Exchange
 from aiproxy.limits import ONE_REQUEST, Demand, Refusal
 from aiproxy.prompt_size import measure
 from aiproxy.recent import LARGEST, Recent
+from aiproxy.routes import Order
 from aiproxy.watch import Interrupted
 
 if TYPE_CHECKING:
@@ -199,16 +200,13 @@ class Proxy:
         if dialect.api == "responses":
             conversation = call.conversation = Conversation(self._sessions, call, asked)
             await conversation.begin(envelope)
-        attempts = Attempts(
-            call,
-            route,
-            dialect,
-            asked,
-            envelope,
-            self.targets(call, route, dialect),
-            self.standings,
-        )
-        await self._admit(call, await attempts.place(), route, envelope, dialect)
+        order = self.order(call, route, dialect)
+        attempts = Attempts(call, route, dialect, asked, envelope, order, self.standings)
+        try:
+            await self._admit(call, await attempts.place(), route, envelope, dialect)
+        except BaseException:
+            order.give_back()
+            raise
         del envelope  # a stream may last for hours; its request's body need not
         return await attempts.run()
 
@@ -236,7 +234,7 @@ class Proxy:
             call.limits = self._limits.of(key.name, route.model)
         return route
 
-    def targets(self, call: Call, route: Route, dialect: Dialect) -> list[Target]:
+    def order(self, call: Call, route: Route, dialect: Dialect) -> Order:
         """Who is asked, in the order of trying.
 
         Raises:
@@ -247,22 +245,17 @@ class Proxy:
         def wait(target: Target) -> float:
             return self.standings.of(target.upstream).wait(now)
 
-        found = routes.targets(
-            route,
-            dialect.api,
-            call.snapshot.router.balance,
-            lambda target: wait(target) == 0.0,
-            None if conversation is None else conversation.prefers,
-        )
-        serving = [target for _, target in routes.speaking(route, dialect.api)]
+        serving = routes.speaking(route, dialect.api)
+        usable = [target for target in serving if wait(target) == 0.0]
         parent = None if conversation is None else conversation.parent
         if parent is not None and not parent.held:  # nobody else can go on with it
             holder = [target for target in serving if target.name == parent.upstream]
             if any(map(wait, holder)):
                 raise errors.upstream_unavailable(min(map(wait, holder)))
-        if not found:
+        if not usable:
             raise errors.upstream_unavailable(min(map(wait, serving)))
-        return found
+        prefer = None if conversation is None else conversation.prefers
+        return Order(call.snapshot.router.balance, usable, prefer)
 
     async def _admit(
         self, call: Call, asked: Asked, route: Route, envelope: Envelope, dialect: Dialect
