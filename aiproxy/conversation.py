@@ -127,7 +127,7 @@ class Conversation:
             ProxyError: it holds nothing of what the request goes on from, and cannot be given it.
         """
         asked, target, spoken = way
-        self._asked = asked
+        self._asked, self._included = asked, False  # an attempt before may have
         self._upstream = target.upstream.name
         self._sent_model = target.model or self._asked.model
         self._spoken = spoken
@@ -219,8 +219,7 @@ class Conversation:
         self._input = given
         if not self.goes_on:
             return
-        if not self._call.exchange.attempts:  # else the first one has taken it
-            self._call.hold.take(_COPIES * self.recalled)
+        self._call.hold.bring(_COPIES * self.recalled)
         path = await self._path()
         items = await self._referred.items()
         sent = await aside(lambda: self._assemble(path, given, items), self.recalled + len(given))
@@ -299,7 +298,7 @@ class Conversation:
     async def _with_known(self, given: bytes) -> bytes:
         """The input with the items that are held here in place of their references."""
         size = sum(each.size for each in self._referred.all(held=True))
-        self._call.hold.take(_COPIES * size)
+        self._call.hold.bring(_COPIES * size)
         known = await self._referred.items(held=True)
         names = self._referred.names
 
