@@ -203,6 +203,8 @@ class Relay:
             self._write(data)
         if not stream.whole:
             raise self._failure(stream.error or stream.cut() or error)
+        if self._settle is not None:  # an answer without any output, told only now
+            self._judge_beginning()
 
     def _failure(self, error: ProxyError) -> ProxyError:
         """An error; whether the upstream itself declared it before any output."""

@@ -242,10 +242,10 @@ class Ask:
         """The end of the attempt: record its result, leave no connection behind."""
         if isinstance(error, asyncio.CancelledError):
             reason = self._watch.missed
-            if reason == "connect":
+            if reason == "connect" and self._connection is None:
                 self.result = "connect"
-            elif reason in ("first_byte", "idle", "total"):
-                self.result = "timeout"
+            elif reason in ("connect", "first_byte", "idle", "total"):
+                self.result = "timeout"  # a connection that came just too late was sent something
         elif (
             isinstance(error, ProxyError)
             and self.result is None
@@ -370,6 +370,7 @@ class Ask:
         if status not in _PASSED_ON:
             raise errors.upstream_error(f"The upstream answered with status {status}.")
         result = self.result
+        self._watch.enter("none", 0)  # its body has a bound of its own
         try:
             async with asyncio.timeout(REFUSAL):
                 body = await self.read(MAX_REFUSAL)
