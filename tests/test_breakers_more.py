@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from aiproxy.breaker import Breaker
+from aiproxy.standing import Standing
 from faults import events_of
 from targets_rig import Rig, config, frames, refusal, said, targets
 from upstream import Reset, ScriptedUpstream, Stall, Wait
@@ -111,6 +112,19 @@ def test_a_cooldown_beyond_its_maximum() -> None:
     made.configure(1, 30.0, 10.0)
     made.failed(0.0, 9999.0)
     assert told == [("open", "failures", 30.0)]
+
+
+def test_a_full_upstream_makes_nobody_its_probe() -> None:
+    """Who finds it full is not admitted, hence is no probe that never ends."""
+    made, _ = breaker()
+    standing = Standing(made, 1)
+    assert standing.enter(0.0)
+    made.failed(0.0)
+    assert not standing.enter(6.0)
+    assert made.state == "open"
+    standing.leave()
+    assert standing.enter(6.0)
+    assert (made.state, standing.in_flight) == ("half-open", 1)
 
 
 async def test_a_long_probe_is_one_of_many_once_it_has_begun() -> None:
