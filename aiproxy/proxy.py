@@ -247,14 +247,14 @@ class Proxy:
 
         serving = routes.speaking(route, dialect.api)
         usable = [target for target in serving if wait(target) == 0.0]
-        parent = None if conversation is None else conversation.parent
-        if parent is not None and not parent.held:  # nobody else can go on with it
-            holder = [target for target in serving if target.name == parent.upstream]
-            if any(map(wait, holder)):
-                raise errors.upstream_unavailable(min(map(wait, holder)))
+        named = () if conversation is None else conversation.named
+        holders = {each.upstream for each in named if not each.held}  # nobody else can go on
+        waits = [wait(target) for target in serving if target.name in holders]
+        if any(waits):
+            raise errors.upstream_unavailable(max(waits))
         if not usable:
             raise errors.upstream_unavailable(min(map(wait, serving)))
-        prefer = None if conversation is None else conversation.prefers
+        prefer = named[-1].upstream if named else None
         return Order(call.snapshot.router.balance, usable, prefer)
 
     async def _admit(

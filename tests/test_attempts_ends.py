@@ -283,3 +283,22 @@ async def test_a_holder_that_is_left_alone_is_503_for_every_verb_that_asks_it() 
         rig.calm()
         assert (await rig.proxy.get(path)).status == 200
         await rig.check()
+
+
+async def test_an_item_whose_holder_is_left_alone() -> None:
+    """A reference to what an upstream holds that takes no requests is 503, never `not found`."""
+    away = {"failures": 1, "cooldown": "1min", "max_cooldown": "1min"}
+    each = {name: {"sessions": "upstream"} for name in "ab"}
+    async with targets(each=each, breaker=away) as rig:
+        made = await turn(rig.proxy, "one")
+        reference = {"type": "item_reference", "id": made["output"][0]["id"]}
+        rig["a"].script(refusal(403))
+        await rig.ask()
+        seen = await rig.ask(input=[reference, {"role": "user", "content": "go on"}])
+        check_error(seen.answer, 503, "upstream_overloaded", "responses")
+        assert 55 <= int(seen.answer.headers["retry-after"]) <= 60
+        assert rig.got == {"a": 2}
+        rig.calm()
+        seen = await rig.ask(input=[reference, {"role": "user", "content": "go on"}])
+        assert (seen.answer.status, seen.line["upstream"]) == (200, "a")
+        await rig.check()
