@@ -92,8 +92,8 @@ class Attempts:
         """
         first: ProxyError | None = None
         exchange = self._call.exchange
-        for position in range(len(self._order.targets)):
-            target = self._order.reach(position)
+        while self._order.targets:
+            target = self._order.reach(0)
             way = self._way(target)
             exchange.upstream = exchange.upstream or target.upstream.name
             try:
@@ -104,8 +104,8 @@ class Attempts:
                 await aside(work, envelope.size)
             except ProxyError as error:
                 first = first or error
+                self._order.leave_out()
                 continue
-            self._order.leave_out(position)
             exchange.upstream = target.upstream.name
             return way.asked
         raise first or errors.upstream_unavailable(0.0)

@@ -100,6 +100,7 @@ class Call:
         self.answer = self.stream = None
         self.exchange.upstream = way.target.upstream.name
         self.exchange.answered = 0.0
+        self.exchange.upstream_request_id = ""
         self.watch.bound(way.target.upstream.timeouts.total)
 
     # -- answering

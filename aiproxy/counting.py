@@ -45,12 +45,7 @@ class Counting:
         if dialect.api == "responses":
             conversation = call.conversation = Conversation(self._sessions, call, asked)
             await conversation.begin(envelope)
-        order = proxy.order(call, route, dialect)
-        target = next(
-            each
-            for each in map(order.reach, range(len(order.targets)))
-            if dialect.api in each.upstream.apis
-        )
+        target = proxy.order(call, route, dialect, bridged=False).reach(0)
         way = Way(asked, target, dialect)
         call.begin_attempt(way)
         if conversation is not None:

@@ -234,8 +234,8 @@ class Proxy:
             call.limits = self._limits.of(key.name, route.model)
         return route
 
-    def order(self, call: Call, route: Route, dialect: Dialect) -> Order:
-        """Who is asked, in the order of trying.
+    def order(self, call: Call, route: Route, dialect: Dialect, *, bridged: bool = True) -> Order:
+        """Who is asked, in the order of trying; `bridged`: also over another API.
 
         Raises:
             ProxyError: nobody speaks what is asked for, or takes requests now.
@@ -245,7 +245,7 @@ class Proxy:
         def wait(target: Target) -> float:
             return self.standings.of(target.upstream).wait(now)
 
-        serving = routes.speaking(route, dialect.api)
+        serving = routes.speaking(route, dialect.api, bridged=bridged)
         usable = [target for target in serving if wait(target) == 0.0]
         named = () if conversation is None else conversation.named
         holders = {each.upstream for each in named if not each.held}  # nobody else can go on

@@ -124,7 +124,7 @@ class Balance:
 
     def give_back(self, in_order: Sequence[Target]) -> None:
         """The turn that was taken with this order is taken back."""
-        if len(in_order) == 1:
+        if len(in_order) <= 1:
             return
         for target in in_order:
             self._gained[id(target)] -= target.weight
@@ -165,9 +165,10 @@ class Order:
                 self.targets[place] = target
         return self.targets[position]
 
-    def leave_out(self, count: int) -> None:
-        """The first of them cannot be asked for this."""
-        del self.targets[:count]
+    def leave_out(self) -> None:
+        """The first of them cannot be asked for this: the turn is another's."""
+        tier = self.targets.pop(0).tier
+        self._balance.give_back(self._reached.pop(tier, ()))
 
     def give_back(self) -> None:
         """Nobody was asked: the turns that were taken are others'."""
@@ -176,13 +177,13 @@ class Order:
         self._reached.clear()
 
 
-def speaking(route: Route, api: str) -> list[Target]:
-    """The targets that serve what is asked for.
+def speaking(route: Route, api: str, *, bridged: bool = True) -> list[Target]:
+    """The targets that serve what is asked for; `bridged`: also over another API.
 
     Raises:
         ProxyError: none of them speaks it, or what it can be bridged to.
     """
-    served_by = _BRIDGED if api == "responses" else {api}
+    served_by = _BRIDGED if api == "responses" and bridged else {api}
     found = [target for target in route.targets if served_by & target.upstream.apis]
     if not found:
         raise errors.unsupported_parameter(

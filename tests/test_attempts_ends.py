@@ -12,7 +12,7 @@ from answers import sse
 from client import parse_sse
 from faults import check_charge, check_error
 from sessions_rig import Holder, turn
-from targets_rig import Rig, frames, nothing_held, refusal, said, targets
+from targets_rig import Rig, frames, nothing_held, refusal, refusing, said, targets
 from upstream import EndChunks, Headers, Sleep, Stall, error_answer
 
 CHAT = {"a": {"apis": ["chat"]}, "b": {"apis": ["chat"]}}
@@ -64,6 +64,30 @@ async def test_who_was_not_asked_is_not_named(streamed: bool) -> None:  # noqa: 
         check_charge(seen.line, "nothing")
         await nothing_held(rig)
         await rig.check()
+
+
+async def test_who_is_passed_by_costs_no_retry() -> None:
+    """Only attempts that were made are counted, and the first target has its second one."""
+    async with targets("abc", each=BRIDGED, retries=2) as rig:
+        for name in "ac":
+            rig[name].script(refusal(503))
+        seen = await rig.ask(tools=SEARCH)
+        assert said("responses", seen.answer) == "from a"
+        assert (seen.line["attempts"], rig.got) == (3, {"a": 2, "c": 1})
+        await rig.check()
+
+
+async def test_the_upstreams_own_id_is_of_the_last_attempt() -> None:
+    """What the log names of an upstream's request is of the upstream that it names."""
+    with refusing() as url:
+        async with targets("ab", {"b": url}, retries=1) as rig:
+            rig["a"].script(refusal(503, ("x-request-id", "req-of-a")))
+            seen = await rig.ask()
+            assert (seen.line["upstream"], seen.line["upstream_request_id"]) == ("b", "")
+            rig["a"].script(refusal(400, ("x-request-id", "req-of-a")))
+            seen = await rig.ask()
+            assert (seen.line["upstream"], seen.line["upstream_request_id"]) == ("a", "req-of-a")
+            await rig.check()
 
 
 async def test_a_heartbeat_and_then_nobody_that_can_be_asked() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from faults import json_of
+from faults import check_error, json_of
 from rig import TEAM_A, key_hash
 from targets_rig import Rig, config, refusal, said, targets
 from upstream import Stall, Wait, json_answer
@@ -108,6 +108,32 @@ async def test_a_refused_request_takes_no_turn() -> None:
             going.set()
             assert (await client.answer()).status == 200
         assert rig.got == {"a": 2, "b": 2}
+
+
+async def test_a_target_that_cannot_say_it_has_no_turn() -> None:
+    """Who cannot be asked for a request loses no turn by it: in all each has its share."""
+    search = [{"type": "web_search"}]
+    async with targets(pools=EVEN, each={"a": {"apis": ["chat"]}}) as rig:
+        for _ in range(4):
+            await served(rig, tools=search, store=False)
+            await served(rig, store=False)
+        assert rig.got == {"a": 4, "b": 4}
+        await rig.check()
+
+
+async def test_counting_is_for_those_who_can_while_they_take_requests() -> None:
+    """While the one that counts is left alone it is 503: a bridge cannot count for it."""
+    away = {"failures": 1, "cooldown": "1min", "max_cooldown": "1min"}
+    each = {"a": {"apis": ["responses"]}, "b": {"apis": ["chat"]}}
+    async with targets(each=each, breaker=away) as rig:
+        rig["a"].script(refusal(403))
+        await rig.ask()
+        body = {"model": "gpt-test", "input": "hi"}
+        answer = await rig.proxy.post("/v1/responses/input_tokens", body)
+        check_error(answer, 503, "upstream_overloaded", "responses")
+        assert 55 <= int(answer.headers["retry-after"]) <= 60
+        assert rig.got == {"a": 1}
+        await rig.check(answer.body)
 
 
 async def test_counting_takes_turns() -> None:
