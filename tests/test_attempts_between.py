@@ -1,11 +1,14 @@
 """Between two attempts, and over all of them: memory, and what may happen in a backoff."""
 
 import asyncio
+import random
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from aiproxy import attempts
 from client import parse_sse
 from faults import check_charge, check_error
 from invariants import eventually
@@ -131,6 +134,68 @@ async def in_a_backoff(rig: Rig, **fields: Any) -> Any:
 
     await eventually(waiting)
     return client
+
+
+@pytest.mark.parametrize("after", [refusal(503, ("retry-after-ms", "400")), []])
+async def test_no_deadline_of_an_attempt_runs_in_a_backoff(
+    after: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between attempts nobody is late: neither `idle` nor `first_byte` ends the wait."""
+    monkeypatch.setattr(attempts, "BACKOFF", 0.4)
+    monkeypatch.setattr(random, "uniform", lambda _, most: most)
+    times = {"idle": "150ms", "first_byte": "150ms"}
+    async with targets("a", timeouts=times, route={"retry_unsafe": True}) as rig:
+        rig["a"].script(after or [Stall()])
+        seen = await rig.ask()
+        assert said("responses", seen.answer) == "from a"
+        assert seen.line["attempts"] == 2
+        await rig.check()
+
+
+async def test_one_that_is_left_alone_meanwhile_is_not_tried() -> None:
+    """What the last one said is told, not that another takes no requests."""
+    away = {"failures": 1, "cooldown": "1min", "max_cooldown": "1min"}
+    async with targets(breaker=away) as rig:
+        going = asyncio.Event()
+        rig["a"].script(Wait(going), refusal(429, LONG))
+        client = await rig.begin()
+        await rig["a"].wait_request(1)
+        upstreams = rig.proxy.daemon._proxy.snapshot.config.upstreams
+        rig.proxy.daemon._proxy.standings.of(upstreams["b"]).breaker.refused(time.monotonic())
+        going.set()
+        answer = await client.answer()
+        assert (answer.status, answer.headers["retry-after"]) == (429, "30")
+        assert answer.headers["x-aiproxy-upstream"] == "a"
+        assert rig.got == {"a": 1}
+        await rig.check()
+
+
+async def test_the_soonest_is_waited_for() -> None:
+    """Of those that ask for a while the one that comes back first is asked first."""
+    async with targets("abc", retries=3) as rig:
+        for name, wait in {"a": "900", "b": "300", "c": "600"}.items():
+            rig[name].script(refusal(503, ("retry-after-ms", wait)))
+        seen = await rig.ask()
+        assert said("responses", seen.answer) == "from b"
+        assert rig.got == {"a": 1, "b": 2, "c": 1}
+        await rig.check()
+
+
+async def test_a_short_cooldown_is_waited_for() -> None:
+    """A lone target that this request itself has had left alone is probed by it."""
+    short = {"failures": 1, "cooldown": "300ms", "max_cooldown": "1s"}
+    async with targets("a", breaker=short) as rig:
+        rig["a"].script(refusal(503))
+        began = time.monotonic()
+        seen = await rig.ask()
+        assert said("responses", seen.answer) == "from a"
+        assert time.monotonic() - began >= 0.3
+        assert rig.told("a") == [
+            "upstream left alone",
+            "upstream probed",
+            "upstream available again",
+        ]
+        await rig.check()
 
 
 @pytest.mark.parametrize("streamed", [False, True])

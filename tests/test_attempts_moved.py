@@ -190,6 +190,11 @@ async def test_a_server_that_is_completed_is_held_alike(fails: bool) -> None:  #
         await rig.check(stream=seen.body, completed=fails)
 
 
+def test_the_bounds_of_what_is_held() -> None:
+    """At most 1 s, at most 64 KiB: the contract's."""
+    assert (relay.HOLD, relay.MOST_HELD) == (1.0, 65_536)
+
+
 # Byte for byte
 
 

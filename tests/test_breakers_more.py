@@ -10,7 +10,7 @@ import pytest
 from aiproxy.breaker import Breaker
 from aiproxy.standing import Standing
 from faults import events_of
-from targets_rig import Rig, config, frames, refusal, said, targets
+from targets_rig import NEVER, Rig, config, frames, refusal, said, targets
 from upstream import Reset, ScriptedUpstream, Stall, Wait
 
 ONCE = {"failures": 1, "cooldown": "100ms", "max_cooldown": "10s"}
@@ -209,6 +209,21 @@ async def test_the_end_of_a_request_to_where_an_upstream_was() -> None:
         await rig.lines(1)
         assert await rig.states() == {"a": "closed"}
         assert await rig.available() == {"a": 1}
+        assert rig.told("a") == []
+        assert (await rig.ask()).answer.status == 200
+
+
+async def test_another_attempt_at_where_an_upstream_was() -> None:
+    """A request goes on at the old address under its own configuration, and judges nobody new."""
+    async with ScriptedUpstream() as other, targets("a", retries=1, breaker=NEVER) as rig:
+        rig["a"].script(refusal(503, ("retry-after-ms", "300")))
+        rig["a"].script(refusal(403))
+        client = await rig.begin()
+        await rig["a"].wait_request(1)
+        await rig.reload(config({"a": other.url}, retries=0, breaker=LASTING))
+        assert (await client.answer()).status == 502
+        assert (len(rig["a"].requests), other.requests) == (2, [])
+        assert await rig.states() == {"a": "closed"}
         assert rig.told("a") == []
         assert (await rig.ask()).answer.status == 200
 
