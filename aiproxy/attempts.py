@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from aiproxy import errors
 from aiproxy.aside import aside
+from aiproxy.dialects import members_of, value_of
 from aiproxy.dialects.spoken import Way, rename, spoken
 from aiproxy.errors import ProxyError
 from aiproxy.relay import Relay
@@ -296,7 +297,9 @@ class Attempts:
 
 def _made(answer: Answer) -> bool:
     """Whether there is any output, which would be paid for."""
-    return answer.usage is not None and answer.usage.total_output > 0
+    if answer.usage is not None and answer.usage.total_output > 0:
+        return True
+    return bool(value_of((members_of(answer.body) or {}).get("output")))
 
 
 async def send(call: Call, way: Way, envelope: Envelope, ask: Ask, *, again: bool = False) -> Ask:

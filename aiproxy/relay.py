@@ -125,7 +125,8 @@ class Relay:
         if (declared := stream.cut()) is not None:
             raise self._failure(declared)
         if stream.over:
-            if stream.outcome == "failed":
+            spent = stream.usage is not None and stream.usage.total_output > 0
+            if stream.outcome == "failed" and not spent:
                 raise errors.declared_failure("The upstream's answer has failed.")
             self.release()
 

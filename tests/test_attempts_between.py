@@ -12,7 +12,7 @@ from aiproxy import attempts
 from client import parse_sse
 from faults import check_charge, check_error
 from invariants import eventually
-from responses import message_item, reasoning_item, responses_json
+from responses import message_item, reasoning_item, responses_events, responses_json
 from sessions_rig import turn
 from targets_rig import Rig, config, frames, nothing_held, refusal, said, targets
 from upstream import ScriptedUpstream, Stall, Wait, json_answer
@@ -89,6 +89,25 @@ async def test_items_that_are_brought_in_for_an_upstream_are_counted_once() -> N
         seen = await rig.ask(input=[reference, {"role": "user", "content": "go on"}])
         assert seen.answer.status == 200, seen.answer
         assert seen.line["attempts"] == 3
+        await nothing_held(rig)
+        await rig.check()
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+@pytest.mark.parametrize("store", [False, True])
+async def test_a_stream_that_has_begun_needs_its_request_no_more(
+    store: bool,  # noqa: FBT001
+    retries: int,
+) -> None:
+    """Once no other attempt follows only what will be stored of the request stays in memory."""
+    async with targets("a", retries=retries) as rig:
+        rig["a"].script(frames(*responses_events("from a")[:5], end=Stall()))
+        client = await rig.begin(streamed=True, store=store, metadata={"k": "x" * 400})
+        await client.read_head()
+        await client.read_until(b"output_text.delta")
+        held = rig.proxy.daemon._proxy.held
+        assert 0 < held < 200 if store else held == 0
+        await client.close()
         await nothing_held(rig)
         await rig.check()
 
@@ -178,6 +197,20 @@ async def test_the_soonest_is_waited_for() -> None:
         seen = await rig.ask()
         assert said("responses", seen.answer) == "from b"
         assert rig.got == {"a": 1, "b": 2, "c": 1}
+        await rig.check()
+
+
+async def test_nobody_is_asked_again_before_its_time() -> None:
+    """What a target has asked for holds also where the one before it has just failed again."""
+    async with targets(retries=3) as rig:
+        rig["a"].script(refusal(503))
+        rig["a"].script(refusal(503, ("retry-after", "60")))
+        rig["b"].script(refusal(503, ("retry-after-ms", "800")))
+        began = time.monotonic()
+        seen = await rig.ask()
+        assert said("responses", seen.answer) == "from b"
+        assert time.monotonic() - began >= 0.8
+        assert rig.got == {"a": 2, "b": 2}
         await rig.check()
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from aiproxy import relay
-from answers import chat_events, messages_events, sse
+from answers import USAGE, chat_events, messages_events, sse
 from client import parse_sse
 from faults import FIRST_DELTA, check_charge, delivered, events_of
-from responses import responses_events
+from responses import message_item, responses_events, responses_json
 from steps import Step
 from targets_rig import (
     LIFECYCLE,
@@ -23,7 +23,7 @@ from targets_rig import (
     said,
     targets,
 )
-from upstream import Chunk, EndChunks, Finish, Reset, Stall, Wait
+from upstream import Chunk, EndChunks, Finish, Reset, Sleep, Stall, Wait, json_answer
 
 CHAT_ERROR = sse({"error": {"message": "GPU fell off", "type": "server_error", "code": None}})
 MESSAGES_ERROR = sse(
@@ -190,9 +190,49 @@ async def test_a_server_that_is_completed_is_held_alike(fails: bool) -> None:  #
         await rig.check(stream=seen.body, completed=fails)
 
 
+@pytest.mark.parametrize("made", ["items", "tokens"])
+async def test_a_failed_json_answer_with_output_is_the_answer(made: str) -> None:
+    """What was made before it failed may have been paid for: it is the client's."""
+    async with targets() as rig:
+        items = [message_item("half of it")] if made == "items" else []
+        failed = responses_json(items=items, usage=None if made == "items" else USAGE)
+        error = {"code": "server_error", "message": "no"}
+        rig["a"].script(json_answer(failed | {"status": "failed", "error": error}))
+        seen = await rig.ask()
+        assert (seen.answer.status, seen.answer.json()["status"]) == (200, "failed")
+        assert (rig.got, seen.line["outcome"]) == ({"a": 1}, "failed")
+        await rig.check()
+
+
+async def test_a_failed_stream_that_has_used_tokens_is_the_answer() -> None:
+    """So does a stream whose failure says so itself, though no event of it carried output."""
+    async with targets() as rig:
+        error = {"code": "server_error", "message": "no"}
+        rig["a"].script(frames(*responses_events(items=[], terminal="failed", error=error)))
+        seen = await rig.ask(streamed=True)
+        kinds = [kind for kind, _ in parse_sse(seen.body)]
+        assert kinds == ["response.created", "response.in_progress", "response.failed"]
+        assert rig.got == {"a": 1}
+        check_charge(seen.line, "usage")
+        await rig.check(stream=seen.body)
+
+
 def test_the_bounds_of_what_is_held() -> None:
     """At most 1 s, at most 64 KiB: the contract's."""
     assert (relay.HOLD, relay.MOST_HELD) == (1.0, 65_536)
+
+
+async def test_what_was_held_of_a_failure_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the next one takes, the client sees nothing of the one that failed."""
+    monkeypatch.setattr(relay, "HOLD", 0.1)
+    async with targets() as rig:
+        rig["a"].script(frames(*failed_events()))
+        rig["b"].script(Sleep(0.3), frames(*responses_events("from b")))
+        seen = await rig.ask(streamed=True)
+        kinds = [kind for kind, _ in parse_sse(seen.body)]
+        assert kinds.count("response.created") == kinds.count("response.completed") == 1
+        assert seen.answer.headers["x-aiproxy-upstream"] == "b"
+        await rig.check(stream=seen.body, completed=True)
 
 
 # Byte for byte
