@@ -120,11 +120,13 @@ class Attempts:
                 return await self._attempt(self._order.targets[position])
             except _Again as again:
                 last = again
-            except ProxyError:
-                if last is None or self._ask is not None:
+            except ProxyError as error:
+                if self._ask is not None and self._ask.sent:
+                    raise
+                if last is None and error.code != "unsupported_parameter":
                     raise
                 # This one cannot even be asked for it: what the one before has said stands.
-                last = _Again(last.error, sent=False, retry_after=last.retry_after)
+                last = _Again(error if last is None else last.error, sent=False, retry_after=0.0)
             self._left -= last.sent
             following = self._following(position, last)
             if following is None:
@@ -179,9 +181,6 @@ class Attempts:
         self._ask = self._relay = None
         try:
             envelope = await self._prepared(way)
-            call.begin_attempt(way)  # not before: one that cannot be asked for it says nothing
-            if way.asked.stream:
-                call.stream = way.spoken.stream(way.asked)
             ask = await self._send(way, envelope)
             del envelope  # a stream may last for hours; its request's body need not
             with ask as answer:
@@ -281,9 +280,10 @@ class Attempts:
         return call.answer.outcome
 
     async def _relay_stream(self, answer: Ask, way: Way) -> Outcome:
-        call, stream = self._call, self._call.stream
-        if stream is None or answer.media_type != "text/event-stream":
+        call = self._call
+        if answer.media_type != "text/event-stream":
             raise answer.not_an_answer("The upstream's answer is not a stream of events.")
+        stream = call.stream = way.spoken.stream(way.asked)
         call.exchange.answered = time.monotonic()
         held = self._settle if self._more else None
         if held is None and not call.reply.started:
@@ -322,6 +322,7 @@ async def send(call: Call, way: Way, envelope: Envelope, ask: Ask, *, again: boo
         partial(dialect.encode, envelope, asked, target.upstream),
         envelope.size + recalled if dialect.translates else 0,
     )
+    call.begin_attempt(way)  # not before: one that cannot be asked for it says nothing
     beta = call.request.query.get("beta") if call.shape == "anthropic" else None
     head = client.request_head(
         dialect.api,

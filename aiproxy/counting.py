@@ -47,7 +47,6 @@ class Counting:
             await conversation.begin(envelope)
         target = proxy.order(call, route, dialect, bridged=False).reach(0)
         way = Way(asked, target, dialect)
-        call.begin_attempt(way)
         if conversation is not None:
             await conversation.place(way)
         await proxy.admit(call)

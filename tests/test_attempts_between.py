@@ -4,11 +4,12 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from aiproxy import attempts
+from aiproxy import attempts, relay
 from client import parse_sse
 from faults import check_charge, check_error
 from invariants import eventually
@@ -294,3 +295,20 @@ async def test_a_client_that_leaves_in_a_backoff(keepalive: str) -> None:
         assert rig.got == {"a": 1}
         await nothing_held(rig)
         await rig.check()
+
+
+def test_a_client_that_is_gone_when_what_was_held_is_let_go() -> None:
+    """It is no error: whoever writes next is told."""
+
+    def gone(_: Any) -> None:
+        raise ConnectionResetError
+
+    settled: list[bool] = []
+    reply = SimpleNamespace(started=False)
+    call: Any = SimpleNamespace(reply=reply, start_stream=gone)
+    answer: Any = SimpleNamespace(passed_on=list)
+    stream: Any = None
+    held = relay.Relay(call, stream, answer, 1.0, lambda: settled.append(True))
+    held.release()
+    held.release()
+    assert settled == [True]

@@ -11,9 +11,10 @@ from aiproxy.watch import Watch
 from answers import sse
 from client import parse_sse
 from faults import check_charge, check_error
+from responses import responses_json
 from sessions_rig import Holder, turn
 from targets_rig import Rig, frames, nothing_held, refusal, refusing, said, targets
-from upstream import EndChunks, Headers, Sleep, Stall, error_answer
+from upstream import EndChunks, Headers, Sleep, Stall, error_answer, json_answer
 
 CHAT = {"a": {"apis": ["chat"]}, "b": {"apis": ["chat"]}}
 BRIDGED = {"b": {"apis": ["chat"]}}  # which cannot be asked for SEARCH
@@ -64,6 +65,51 @@ async def test_who_was_not_asked_is_not_named(streamed: bool) -> None:  # noqa: 
         check_charge(seen.line, "nothing")
         await nothing_held(rig)
         await rig.check()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_conversation_that_the_next_one_cannot_be_told(streamed: bool) -> None:  # noqa: FBT001
+    """Where only its stored items tell that a bridge cannot go on the failure before it stands."""
+    async with targets(each=BRIDGED, retries=1) as rig:
+        first = await clicked(rig)
+        rig["a"].default = refusal(503, LONG)
+        seen = await rig.ask(streamed=streamed, previous_response_id=first["id"])
+        check_error(seen.answer, 503, "upstream_overloaded", "responses")
+        assert seen.answer.headers["x-aiproxy-upstream"] == seen.line["upstream"] == "a"
+        assert (seen.line["attempts"], rig.got) == (1, {"a": 2})
+        check_charge(seen.line, "nothing")
+        await nothing_held(rig)
+        await rig.check()
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+async def test_a_conversation_that_the_first_one_cannot_be_told(retries: int) -> None:
+    """Then the next target is asked that can; if there is none the reason is told."""
+    away = {"failures": 1, "cooldown": "1min", "max_cooldown": "1min"}
+    async with targets("abc", each=BRIDGED, retries=retries, breaker=away) as rig:
+        first = await clicked(rig)
+        rig["a"].script(refusal(403))
+        await rig.ask()
+        seen = await rig.ask(previous_response_id=first["id"])
+        assert said("responses", seen.answer) == "from c"
+        assert (seen.line["attempts"], rig.got) == (1, {"a": 2, "c": 1})
+        rig["c"].script(refusal(403))
+        await rig.ask(tools=SEARCH)
+        seen = await rig.ask(previous_response_id=first["id"])
+        assert seen.answer.status == 400
+        assert seen.answer.json()["error"]["param"] == "previous_response_id"
+        check_charge(seen.line, "nothing")
+        await nothing_held(rig)
+        await rig.check(seen.answer.body)
+
+
+async def clicked(rig: Rig) -> dict[str, Any]:
+    """Return a turn at `a` that has made an item which no bridge can express."""
+    click = {"type": "click", "x": 1, "y": 2, "button": "left"}
+    item = {"id": "cu_1", "type": "computer_call", "call_id": "c1", "action": click}
+    item |= {"pending_safety_checks": [], "status": "completed"}
+    rig["a"].script(json_answer(responses_json(items=[item])))
+    return await turn(rig.proxy, "one")
 
 
 async def test_who_is_passed_by_costs_no_retry() -> None:
@@ -138,11 +184,12 @@ async def test_all_fill_up_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
         await rig.check(seen.answer.body)
 
 
+@pytest.mark.parametrize(("names", "most"), [("a", 2), ("ab", 2 + 2 * 2)])
 async def test_those_that_fill_up_again_and_again_are_not_tried_for_ever(
-    monkeypatch: pytest.MonkeyPatch,
+    names: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between targets that seem free and are found full a request gives up, too."""
-    async with targets(retries=2) as rig:
+    async with targets(names, retries=2) as rig:
         rig["a"].script(refusal(503))
         upstreams = rig.proxy.daemon._proxy.snapshot.config.upstreams
         standings = rig.proxy.daemon._proxy.standings
@@ -158,7 +205,7 @@ async def test_those_that_fill_up_again_and_again_are_not_tried_for_ever(
             seen = await rig.ask()
         monkeypatch.undo()
         assert seen.answer.status == 503
-        assert (seen.line["attempts"], len(tries)) == (1, 2 + 2 * 2)
+        assert (seen.line["attempts"], len(tries)) == (1, most)
         await rig.check(seen.answer.body)
 
 
