@@ -134,7 +134,7 @@ class Attempts:
             position, wait = following
             if wait:
                 self._call.watch.enter("none", 0)
-                await asyncio.sleep(wait)
+                await _no_less(wait)
 
     def _following(self, position: int, again: _Again) -> tuple[int, float] | None:
         """Who is tried next, and after how many seconds; None: nobody."""
@@ -293,6 +293,13 @@ class Attempts:
         await self._relay.run()
         call.reply.end()
         return stream.outcome
+
+
+async def _no_less(seconds: float) -> None:
+    """Sleep so long: the timers of the event loop are of whole milliseconds, and may be early."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0.0:  # noqa: ASYNC110 - time alone is waited for
+        await asyncio.sleep(left)
 
 
 def _made(answer: Answer) -> bool:

@@ -166,9 +166,11 @@ async def test_no_deadline_of_an_attempt_runs_in_a_backoff(
     times = {"idle": "150ms", "first_byte": "150ms"}
     async with targets("a", timeouts=times, route={"retry_unsafe": True}) as rig:
         rig["a"].script(after or [Stall()])
+        began = time.monotonic()
         seen = await rig.ask()
         assert said("responses", seen.answer) == "from a"
         assert seen.line["attempts"] == 2
+        assert time.monotonic() - began >= 0.4
         await rig.check()
 
 
@@ -215,8 +217,13 @@ async def test_nobody_is_asked_again_before_its_time() -> None:
         await rig.check()
 
 
-async def test_a_short_cooldown_is_waited_for() -> None:
-    """A lone target that this request itself has had left alone is probed by it."""
+async def test_a_short_cooldown_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lone target that this request has had left alone is probed by it, though timers are early.
+
+    Those of the event loop are of whole milliseconds.
+    """
+    sleep = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: sleep(max(0.0, seconds - 0.002)))
     short = {"failures": 1, "cooldown": "300ms", "max_cooldown": "1s"}
     async with targets("a", breaker=short) as rig:
         rig["a"].script(refusal(503))
