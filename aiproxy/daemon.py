@@ -17,6 +17,8 @@ import aiproxy
 from aiproxy.admin import Admin
 from aiproxy.app import App
 from aiproxy.config import ConfigError
+from aiproxy.drain import Drain
+from aiproxy.first import first
 from aiproxy.levels import LevelKeeper
 from aiproxy.listener import Handler, Listener, require_c_parser
 from aiproxy.logs import LibraryHandler, Log, standard_error
@@ -37,7 +39,7 @@ from aiproxy.systemd import Notifier, inherited_sockets
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Coroutine, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from structlog.typing import FilteringBoundLogger
@@ -50,9 +52,6 @@ SWITCH_INTERVAL = 0.001  # seconds: a scrape in a thread may keep the event loop
 # A request makes a few hundred objects, nearly all freed by reference counting: with Python's own
 # thresholds the collector runs every few requests to find nothing.
 GC_THRESHOLDS = (10_000, 20, 20)
-SENT_PERIOD = 0.02  # seconds between looks at what slow clients have not taken yet
-LAST_BYTES = 0.5  # seconds for clients that are behind to take their terminal event
-LAST_WORDS = 5.0  # seconds for what was cut to send its terminal event
 
 
 class Daemon:
@@ -121,7 +120,6 @@ class Daemon:
         self.operators: Entrance  # stays open through the drain
         self._pulse = Pulse(self._metrics, self._notifier)
         self._ended = False
-        self._hurry = asyncio.Event()  # binds to no loop before it is awaited
 
     async def start(self) -> None:
         """Listen.
@@ -153,6 +151,7 @@ class Daemon:
             log=self.log,
         )
         self.clients, self.operators = Entrance(listener), Entrance(self._listener(admin, admin))
+        self._drain = Drain(proxy, self.clients, self._notifier, self.log)
         self._levels.restore()
         self._reloader.begin(self._snapshot)
         try:
@@ -228,69 +227,21 @@ class Daemon:
     # -- the end
 
     async def drain(self) -> None:
-        """End as SIGTERM does.
-
-        Serve for `drain.delay`, stop accepting, let requests finish until `drain.timeout`, then cut
-        them with a terminal event.
-        """
+        """End as SIGTERM does: see `Drain`; then close everything."""
         if self._ended:
             return
         self._ended = True
-        config, proxy = self._snapshot.config.drain, self._proxy
-        before = set(proxy.live)
-        proxy.drain()
-        self._notifier.stopping(f"Draining {len(before)} requests")
-        self.log.info("draining", in_flight=len(before))
-        await self._first(self._hurry.wait(), deadline=self._now() + config.delay)
-        before |= proxy.live
-        proxy.refusing = True
-        await self.clients.stop()
-        deadline = self._now() + (config.timeout or float("inf"))
-        await self._until_idle(deadline)
-        await self._until_sent(deadline)
-        cut = set(proxy.live)
-        for call in cut:
-            call.watch.interrupt("shutting_down")
-        self._hurry.clear()
-        await self._until_idle(self._now() + LAST_WORDS)
-        await self._until_sent(self._now() + LAST_BYTES)
-        self.log.info("drained %d, cut %d", len(before - cut), len(cut))
+        await self._drain.run(self._snapshot.config.drain)
         await self._close()
-
-    async def _until_idle(self, deadline: float) -> None:
-        """Until no request is in flight, or `deadline`, or a second signal."""
-        if self._proxy.live:
-            self._proxy.idle.clear()
-            await self._first(self._hurry.wait(), self._proxy.idle.wait(), deadline=deadline)
-
-    async def _until_sent(self, deadline: float) -> None:
-        """Answers that are complete may still wait for slow clients to take their last bytes."""
-        while (
-            self.clients.listener.unsent() and self._now() < deadline and not self._hurry.is_set()
-        ):
-            await self._first(self._hurry.wait(), deadline=self._now() + SENT_PERIOD)
 
     def hurry(self) -> None:
         """The second signal: end at once, in order."""
-        self._hurry.set()
+        self._drain.hurry()
 
     async def stop(self) -> None:
         """End at once: what is in flight gets its terminal event."""
-        self._hurry.set()
+        self.hurry()
         await self.drain()
-
-    @staticmethod
-    def _now() -> float:
-        return asyncio.get_running_loop().time()
-
-    async def _first(self, *waits: Coroutine[object, object, object], deadline: float) -> None:
-        """Until one of these, or `deadline` on the loop's clock."""
-        timeout = None if deadline == float("inf") else max(0.0, deadline - self._now())
-        tasks = [asyncio.ensure_future(wait) for wait in waits]
-        await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _close(self) -> None:
         await self._reloader.settle()
@@ -327,7 +278,7 @@ class Daemon:
         gc.freeze()  # what is there now stays: it need not be looked at again
         gc.set_threshold(*GC_THRESHOLDS)
         while not asked_to_end.is_set():
-            await self._first(asked_to_end.wait(), asked_to_reload.wait(), deadline=float("inf"))
+            await first(asked_to_end.wait(), asked_to_reload.wait())
             if asked_to_reload.is_set() and not asked_to_end.is_set():
                 asked_to_reload.clear()
                 await self.reload()

@@ -23,6 +23,7 @@ from aiproxy.envelope import Envelope
 from aiproxy.errors import ProxyError
 from aiproxy.exchange import Exchange
 from aiproxy.limits import ONE_REQUEST, Demand, Refusal
+from aiproxy.listener import LATE
 from aiproxy.prompt_size import measure
 from aiproxy.recent import LARGEST, Recent
 from aiproxy.watch import Interrupted
@@ -53,8 +54,6 @@ class Proxy:
         standings: how the upstreams are doing.
         live: the requests in flight.
         draining: connections are closed after their answer.
-        refusing: new requests are answered 503.
-        idle: set when the last request in flight ends while draining.
     """
 
     def __init__(  # noqa: PLR0917 - what a daemon has one of each
@@ -76,8 +75,6 @@ class Proxy:
         self.standings = standings
         self.live: set[Call] = set()
         self.draining = False
-        self.refusing = False
-        self.idle = asyncio.Event()
 
     def put(self, snapshot: Snapshot) -> None:
         """Requests that begin from now on are under this configuration."""
@@ -168,12 +165,10 @@ class Proxy:
             call.finish(outcome)
         finally:
             self.live.discard(call)
-            if self.draining and not self.live:
-                self.idle.set()
 
     def authenticate(self, call: Call) -> Key:
         """Who is calling, by the headers alone."""
-        if self.refusing:
+        if LATE in call.request:
             raise errors.shutting_down()
         received = call.request.headers
         secret = auth.presented(
