@@ -17,6 +17,7 @@ import aiproxy
 from aiproxy.admin import Admin
 from aiproxy.app import App
 from aiproxy.config import ConfigError
+from aiproxy.descriptors import connections, raise_limit
 from aiproxy.drain import Drain
 from aiproxy.first import first
 from aiproxy.levels import LevelKeeper
@@ -66,6 +67,7 @@ class Daemon:
         sockets: listening sockets that systemd passed, by name; `http` takes the place of `listen`.
         notifier: tells systemd how it goes.
         state: the state directory, if there is one.
+        descriptors: how many this process may have; None: enough.
         log_stream: instead of standard error.
 
     Attributes:
@@ -81,6 +83,7 @@ class Daemon:
         sockets: Mapping[str, Sequence[socket.socket]] | None = None,
         notifier: Notifier | None = None,
         state: Path | None = None,
+        descriptors: int | None = None,
         log_stream: Stream | None = None,
     ) -> None:
         require_c_parser()
@@ -92,6 +95,8 @@ class Daemon:
         self._metrics.watch_log(self._log.dropped)
         self._notifier = notifier or Notifier({})
         self._sockets = dict(sockets or {})
+        self._descriptors = descriptors
+        self._lowered = (0, 0)  # connections, from and to, as the log says
         self._snapshot = Snapshot(config)
         self._limits = MemoryLimits()
         self._metrics.watch_limits(partial(self._limits.levels, "keys"))
@@ -131,6 +136,7 @@ class Daemon:
         """
         config, proxy = self._snapshot.config, self._proxy
         self._sessions.open()
+        self._bound = self._bounds(config)
         listener = self._listener(App(proxy, self._sessions), proxy)
         status = Status(
             proxy=proxy,
@@ -183,8 +189,29 @@ class Daemon:
         self._proxy.put(snapshot)
         config = snapshot.config
         self._log.configure(level=config.log.level, fmt=self._log_format(config))
+        self._bound = self._bounds(config)
         for entrance in (self.clients, self.operators):
-            entrance.listener.bound(**_bounds(config))
+            entrance.listener.bound(**self._bound)
+
+    def _bounds(self, config: Config) -> dict[str, Any]:
+        """What a listener takes from a configuration."""
+        most = config.max_connections
+        if self._descriptors is not None:
+            most = connections(most, self._descriptors)
+        if self._lowered != (lowered := (config.max_connections, most)) and lowered[0] > most:
+            self._lowered = lowered
+            self.log.warning(
+                "max_connections lowered",
+                configured=config.max_connections,
+                connections=most,
+                reason=f"this process may have {self._descriptors} file descriptors (LimitNOFILE)",
+            )
+        return {
+            "max_connections": most,
+            "client_header": config.timeouts.client_header,
+            "client_write": config.timeouts.client_write,
+            "keepalive": config.client_keepalive,
+        }
 
     def _log_format(self, config: Config) -> str:
         fmt = config.log.format
@@ -213,8 +240,7 @@ class Daemon:
         self._log.close()
 
     def _listener(self, handler: Handler, refusing: Proxy | Admin) -> Listener:
-        bounds = _bounds(self._snapshot.config)
-        return Listener(handler, refusing.refuse, refusing.turn_away, **bounds)
+        return Listener(handler, refusing.refuse, refusing.turn_away, **self._bound)
 
     async def _open_sockets(self, config: Config) -> None:
         unknown = ", ".join(repr(name) for name in self._sockets if name != "http")
@@ -288,16 +314,6 @@ class Daemon:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # by default it would end what has drained
 
 
-def _bounds(config: Config) -> dict[str, Any]:
-    """What a listener takes from a configuration."""
-    return {
-        "max_connections": config.max_connections,
-        "client_header": config.timeouts.client_header,
-        "client_write": config.timeouts.client_write,
-        "keepalive": config.client_keepalive,
-    }
-
-
 def serve(path: str, source: Source, loaded: Loaded) -> int:
     """Run the daemon until it is told to end.
 
@@ -323,6 +339,7 @@ def serve(path: str, source: Source, loaded: Loaded) -> int:
         sockets=sockets,
         notifier=notifier,
         state=state_directory(os.environ),
+        descriptors=raise_limit(),
     )
     logging.getLogger().addHandler(daemon.library_handler())
     for warning in loaded.warnings:

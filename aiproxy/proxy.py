@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
 
-from aiproxy import auth, errors, headers, routes
+from aiproxy import account_objects, auth, errors, headers, routes
 from aiproxy.aside import aside
 from aiproxy.attempts import Attempts
 from aiproxy.body import Buffered, receive
@@ -190,6 +190,7 @@ class Proxy:
         asked.clock = time.time
         route = self.choose(call, asked, key)
         auth.permit(key, envelope)
+        await self.restrict(route, envelope)
         conversation = None
         if dialect.api == "responses":
             conversation = call.conversation = Conversation(self._sessions, call, asked)
@@ -230,6 +231,16 @@ class Proxy:
         if call.limits is None or self._limits.of(key.name) is not None:
             call.limits = self._limits.of(key.name, route.model)
         return route
+
+    @staticmethod
+    async def restrict(route: Route, envelope: Envelope) -> None:
+        """Refuse what a route does not take.
+
+        Raises:
+            ProxyError: the body names an object of the upstream's account.
+        """
+        if route.account_objects == "refuse" and account_objects.marked(body := envelope.encode()):
+            await aside(partial(account_objects.refuse, body), len(body))
 
     def targets(self, call: Call, route: Route, dialect: Dialect) -> list[Target]:
         """Who is asked, in the order of trying.

@@ -9,12 +9,14 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "aiproxy"
 
 CONNECTED = "config stores upstream upstream_answer upstream_connection upstream_errors "
-CONNECTED += "upstream_pool watch body listener reply metrics logs tracing systemd aside first"
+CONNECTED += (
+    "upstream_pool watch body listener reply metrics logs tracing systemd aside first descriptors"
+)
 # Bottom to top. At runtime a module imports from lower layers only, save SAME_LAYER and NARROW.
 LAYERS = [
     "errors sse usage headers jsontext coding prompt_size",
     "envelope",
-    "limits routes sessions dialects auth recent breaker standing",
+    "limits routes sessions dialects auth recent breaker standing account_objects",
     "exchange",
     CONNECTED,
     "snapshot session_gate call referred conversation relay attempts proxy stored counting",
