@@ -134,6 +134,23 @@ async def test_who_was_accepted_and_not_read_is_served(
     await check_ended(proxy)
 
 
+async def test_a_request_that_just_came_is_in_flight(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often the drain looks whether all is done: from its first byte read it is not."""
+    monkeypatch.setattr(drain, "LOOK", 0.0)
+    for _ in range(10):
+        proxy = await begin()
+        clients = [await proxy.client() for _ in range(3)]
+        task = draining(proxy)
+        await serves(proxy, "first")
+        for client in clients:
+            await post(proxy, client)
+        for client in clients:
+            check_served(await client.answer())
+        await ended(task)
+
+
 async def test_the_last_first_requests_are_counted(
     begin: Begin, upstream: ScriptedUpstream
 ) -> None:

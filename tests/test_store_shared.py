@@ -7,12 +7,17 @@ import asyncio
 import json
 import signal
 import sqlite3
+import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, closing
 from pathlib import Path
 
 import pytest
 
+from aiproxy.sessions import StoreError
+from aiproxy.stores.sqlite import SqliteSessions
+from conftest import BlockingCalls
 from invariants import eventually
 from responses import responses_events
 from rig import Proxy, prompt
@@ -29,7 +34,8 @@ from sessions_rig import (
 )
 from steps import SSE_HEADERS
 from store_peer import peer
-from turns import ALICE
+from turns import ALICE, PLENTY
+from turns import turn as a_turn
 from upstream import Chunk, EndChunks, Headers, ScriptedUpstream, Wait
 
 CANARY = "SHARED-CANARY-6207"
@@ -290,6 +296,37 @@ async def test_a_delete_while_the_other_reads_and_writes(file: Path, tmp_path: P
             assert await other.line() == {"did": []}
         await one.close()
         await other.close()
+
+
+def hold(file: Path, over: threading.Event) -> None:
+    """Have the file locked nearly all the time, as one that writes all the time has it."""
+    with closing(sqlite3.connect(file, isolation_level=None, timeout=20)) as connection:
+        while not over.is_set():
+            connection.execute("BEGIN IMMEDIATE")
+            time.sleep(0.015)
+            connection.execute("COMMIT")
+            time.sleep(0.001)
+
+
+async def test_one_that_writes_all_the_time_starves_nobody(
+    file: Path, blocking_calls: BlockingCalls
+) -> None:
+    """Who waits for the lock gets it when it is free, in a time that hardly varies."""
+    blocking_calls.allow("aiproxy/stores/sqlite.py", {"open"})  # as before a daemon serves
+    store, over = SqliteSessions(file, patience=0.5), threading.Event()
+    store.open()
+    store.configure(ttl=0, max_bytes=PLENTY)
+    holding = asyncio.create_task(asyncio.to_thread(hold, file, over))
+    late = []
+    for number in range(150):
+        try:
+            await store.put(a_turn(f"a-{number}"))
+        except StoreError as error:
+            late.append(error)
+    over.set()
+    await holding
+    await store.close()
+    assert late == []
 
 
 async def test_both_make_the_file(file: Path) -> None:
