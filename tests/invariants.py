@@ -208,6 +208,44 @@ async def check_continued(proxy: Proxy, stream: bytes) -> None:
         assert answer.status == status, answer
 
 
+async def check_ids(proxy: Proxy, whole: Iterable[str], broken: Iterable[str] = ()) -> None:
+    """I6 of responses by their ids: those seen complete go on for their owner alone."""
+    statuses = dict.fromkeys(whole, 200) | dict.fromkeys(broken, 400)
+    for response_id, status in statuses.items():
+        body = prompt(previous_response_id=response_id)
+        for key, expected in ((TEAM_A, status), (TEAM_B, 400)):
+            answer = await proxy.post("/v1/responses", body, key=key)
+            assert answer.status == expected, (response_id, key, answer)
+
+
+class Purse:
+    """The tokens of team-a from here on, with the limiter's time at a stop: nothing comes back."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        limits = proxy.daemon._limits
+        now = limits._clock.latest
+        limits._clock.read = lambda: now
+        self._proxy = proxy
+        self._before = self._left()
+        self._lines = len(proxy.request_logs())
+
+    def _left(self) -> int:
+        levels = self._proxy.daemon._limits.levels("keys")["team-a"]
+        (level,) = [level for level in levels if level.kind == "tokens"]
+        return level.remaining
+
+    def check(self) -> None:
+        """I3: what left the bucket is what the lines of its key say, to the token."""
+        lines = self._proxy.request_logs()[self._lines :]
+        logged = sum(
+            line.get(field) or 0
+            for line in lines
+            for field in TOKEN_FIELDS.values()
+            if line["key"] == "team-a"
+        )
+        assert self._before - self._left() == logged
+
+
 async def check_healthy(proxy: Proxy) -> None:
     """I8: a healthy request, whole and streamed, succeeds."""
     for streamed in (False, True):
