@@ -39,6 +39,7 @@ class Counting:
         asked = call.asked = dialect.request(envelope)
         route = proxy.choose(call, asked, key)
         auth.permit(key, envelope)
+        await proxy.restrict(route, envelope)
         if not any(dialect.api in target.upstream.apis for target in route.targets):
             raise errors.unknown_url("POST", f"/v1{dialect.path}")
         conversation = None

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
 
-from aiproxy import auth, errors, headers, routes
+from aiproxy import account_objects, auth, errors, headers, routes
 from aiproxy.aside import aside
 from aiproxy.attempts import Attempts
 from aiproxy.body import Buffered, receive
@@ -23,6 +23,7 @@ from aiproxy.envelope import Envelope
 from aiproxy.errors import ProxyError
 from aiproxy.exchange import Exchange
 from aiproxy.limits import ONE_REQUEST, Demand, Refusal
+from aiproxy.listener import LATE
 from aiproxy.prompt_size import measure
 from aiproxy.recent import LARGEST, Recent
 from aiproxy.watch import Interrupted
@@ -53,8 +54,6 @@ class Proxy:
         standings: how the upstreams are doing.
         live: the requests in flight.
         draining: connections are closed after their answer.
-        refusing: new requests are answered 503.
-        idle: set when the last request in flight ends while draining.
     """
 
     def __init__(  # noqa: PLR0917 - what a daemon has one of each
@@ -76,8 +75,6 @@ class Proxy:
         self.standings = standings
         self.live: set[Call] = set()
         self.draining = False
-        self.refusing = False
-        self.idle = asyncio.Event()
 
     def put(self, snapshot: Snapshot) -> None:
         """Requests that begin from now on are under this configuration."""
@@ -168,12 +165,10 @@ class Proxy:
             call.finish(outcome)
         finally:
             self.live.discard(call)
-            if self.draining and not self.live:
-                self.idle.set()
 
     def authenticate(self, call: Call) -> Key:
         """Who is calling, by the headers alone."""
-        if self.refusing:
+        if LATE in call.request:
             raise errors.shutting_down()
         received = call.request.headers
         secret = auth.presented(
@@ -195,6 +190,7 @@ class Proxy:
         asked.clock = time.time
         route = self.choose(call, asked, key)
         auth.permit(key, envelope)
+        await self.restrict(route, envelope)
         conversation = None
         if dialect.api == "responses":
             conversation = call.conversation = Conversation(self._sessions, call, asked)
@@ -235,6 +231,16 @@ class Proxy:
         if call.limits is None or self._limits.of(key.name) is not None:
             call.limits = self._limits.of(key.name, route.model)
         return route
+
+    @staticmethod
+    async def restrict(route: Route, envelope: Envelope) -> None:
+        """Refuse what a route does not take.
+
+        Raises:
+            ProxyError: the body names an object of the upstream's account.
+        """
+        if route.account_objects == "refuse" and account_objects.marked(body := envelope.encode()):
+            await aside(partial(account_objects.refuse, body), len(body))
 
     def targets(self, call: Call, route: Route, dialect: Dialect) -> list[Target]:
         """Who is asked, in the order of trying.
