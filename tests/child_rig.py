@@ -34,7 +34,9 @@ class _FileTap(LogTap):
 class Child(Proxy):
     """Talks to a daemon in another process as to one in this."""
 
-    def __init__(self, process: asyncio.subprocess.Process, ports: tuple[int, int], log: Path):
+    def __init__(
+        self, process: asyncio.subprocess.Process, ports: tuple[int, int], log: Path
+    ) -> None:
         self.process = process
         self.ports = ports
         self.tap = _FileTap(log)
@@ -130,5 +132,3 @@ async def child(
         if process.returncode is None:
             process.kill()
         await process.wait()
-
-

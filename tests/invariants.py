@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from client import parse_sse
 from rig import (
@@ -219,7 +219,16 @@ async def check_ids(proxy: Proxy, whole: Iterable[str], broken: Iterable[str] = 
 
 
 class Purse:
-    """The tokens of team-a from here on, with the limiter's time at a stop: nothing comes back."""
+    """The tokens of team-a from here on, with the limiter's time at a stop: nothing comes back.
+
+    Made by `Purse.of`, when all is written down that was before.
+    """
+
+    @classmethod
+    async def of(cls, proxy: Proxy) -> Self:
+        """Wait for the lines of what has ended, and stop the time."""
+        await check_conservation(proxy)
+        return cls(proxy)
 
     def __init__(self, proxy: Proxy) -> None:
         limits = proxy.daemon._limits
@@ -234,16 +243,20 @@ class Purse:
         (level,) = [level for level in levels if level.kind == "tokens"]
         return level.remaining
 
-    def check(self) -> None:
+    async def check(self) -> None:
         """I3: what left the bucket is what the lines of its key say, to the token."""
-        lines = self._proxy.request_logs()[self._lines :]
-        logged = sum(
-            line.get(field) or 0
-            for line in lines
-            for field in TOKEN_FIELDS.values()
-            if line["key"] == "team-a"
-        )
-        assert self._before - self._left() == logged
+
+        async def holds() -> None:
+            lines = self._proxy.request_logs()[self._lines :]
+            logged = sum(
+                line.get(field) or 0
+                for line in lines
+                for field in TOKEN_FIELDS.values()
+                if line["key"] == "team-a"
+            )
+            assert self._before - self._left() == logged
+
+        await eventually(holds)
 
 
 async def check_healthy(proxy: Proxy) -> None:

@@ -30,7 +30,6 @@ from invariants import (
     check_ids,
     check_invariants,
     check_terminal,
-    eventually,
     take_baseline,
 )
 from rig import AMPLE, Proxy, routes
@@ -116,7 +115,7 @@ async def test_a_fault(serve: Serve, upstream: ScriptedUpstream, row: Row) -> No
     """What the client sees and what is charged are as in the table, and I1 to I8 hold."""
     proxy = await begin(serve, upstream, row)
     baseline = await take_baseline(proxy, upstream)
-    purse = Purse(proxy)
+    purse = await Purse.of(proxy)
     runs: list[Ran] = []
     for way in ways(row):
         ran = await run(row, proxy, upstream, way)
@@ -133,11 +132,7 @@ async def test_a_fault(serve: Serve, upstream: ScriptedUpstream, row: Row) -> No
     await check_ids(proxy, *ids_of(runs))
     bodies = [ran.answer.body for ran in runs if ran.answer and len(ran.answer.body) < 2**20]
     await check_invariants(proxy, upstream, baseline=baseline, bodies=bodies)
-
-    async def settled() -> None:
-        purse.check()
-
-    await eventually(settled)
+    await purse.check()
 
 
 # What the client sees
