@@ -2,8 +2,8 @@
 
     python tests/mutate.py [--sample N] [--seed S] [--only FILE] [--work DIR] [--again]
 
-It records once which test reaches which line, then runs for each mutant tests that reach it: the
-fastest of each test function, those named like the module first, until one fails or `--budget`
+It records once which test reaches which line, then runs for each mutant tests that reach it: one
+of each test function, those that are most about the module first, until one fails or `--budget`
 seconds of them have passed. What hangs is caught. It all happens in a copy of the tree. With
 `--work` the copy stays, and so do record and verdicts: then only changed test files are recorded
 anew, and only new mutants are judged; with `--again` also those that survived, say with a larger
@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import math
 import os
 import random
 import re
@@ -133,6 +134,7 @@ class Record:
         files = known["files"] if known.get("product") == product else {}
         self._reaching: dict[Place, list[str]] = defaultdict(list)
         self._seconds: dict[str, float] = {}
+        self._about: dict[str, Counter[str]] = {}  # by module: how much each test is about it
         for tests in sorted((work / "tests").glob("test_*.py")):
             if NOT.search(tests.name) or not any(word in tests.name for word in WORDS):
                 continue
@@ -152,22 +154,26 @@ class Record:
                         self._reaching[file, line].append(test)
 
     def chosen(self, mutant: Mutant, budget: float) -> list[str]:
-        """Tests for a mutant, best first: the fastest of each function, then the next of each."""
+        """Tests for a mutant, best first: one of each function, then the next of each.
 
-        def words(file: str) -> set[str]:
-            return {word.rstrip("s") for word in re.split(r"[/_.]", file)} - {"test", "py"}
-
+        The best are fast, and reach lines of its module that few others do.
+        """
+        if mutant.file not in self._about:
+            about = self._about[mutant.file] = Counter[str]()
+            for (file, _), tests in self._reaching.items():
+                if file == mutant.file:
+                    about.update(dict.fromkeys(tests, 1 / len(tests)))
+        about = self._about[mutant.file]
+        found = {test for place in mutant.places for test in self._reaching[place]}
         functions: dict[str, list[str]] = defaultdict(list)
-        for test in {test for place in mutant.places for test in self._reaching[place]}:
+        for test in found or about:  # its name may be used by modules that are not judged alone
             functions[test.split("[")[0]].append(test)
-        columns = [sorted(tests, key=self._seconds.__getitem__) for tests in functions.values()]
-        named = words(mutant.file)
 
-        def place(tests: list[str]) -> tuple[int, float, str]:
-            shared = len(words(tests[0].split("::")[0]) & named)
-            return -shared, self._seconds[tests[0]], tests[0]
+        def cost(test: str) -> float:
+            return (self._seconds[test] + 0.03) / about[test] if about[test] else math.inf
 
-        columns.sort(key=place)
+        columns = [sorted(tests, key=cost) for tests in functions.values()]
+        columns.sort(key=lambda tests: cost(tests[0]))
         chosen: list[str] = []
         total = 0.0
         for test in filter(None, chain.from_iterable(zip_longest(*columns))):
