@@ -103,6 +103,16 @@ def limits(**written: Any) -> Limits:
     return Limits.model_validate(written)
 
 
+def test_a_clock_never_goes_back() -> None:
+    """It follows the one that it reads, and stands still while that is behind."""
+    time = Time(5)
+    clock = Clock(time.read)
+    told = []
+    for time.ns in (7, 6, 7, 8):
+        told.append(clock.now())
+    assert told == [7, 7, 7, 8]
+
+
 def test_the_first_reason_is_told() -> None:
     """Too large comes first, then concurrent, requests and tokens, the key before the route."""
     key = limits(concurrent=1, requests="2/min", tokens="100/min")
