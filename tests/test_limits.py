@@ -237,6 +237,14 @@ def test_waiting_for_others_has_a_bound() -> None:
     assert (found.wait, found.under_way) == (MINUTE, 2000)
 
 
+@pytest.mark.parametrize(("tokens", "under_way"), [(90, 100), (91, 0)])
+def test_whether_others_are_in_the_way(tokens: int, under_way: int) -> None:
+    """What is under way is named where all that is asked for is there, to the last token."""
+    world = World([limits(tokens="100/h")])
+    world.admitted(Demand(10, 0, 90))
+    assert world.refused(Demand(tokens, 0, 95)).under_way == under_way
+
+
 def test_one_that_may_be_more_than_all_is_alone() -> None:
     """An unlimited output is admitted where no bounded one is open, and keeps out all of these."""
     world = World([limits(tokens="100/min")])
