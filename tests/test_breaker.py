@@ -152,6 +152,7 @@ def test_a_full_upstream_and_reloads() -> None:
     standing.breaker.refused(0.0)
     assert told == [("scripted", "open", "credential", 5.0)]
     standings.configure(config(url="http://127.0.0.1:2/v1"))
+    assert told[1:] == [("scripted", "closed", "", 0.0)]
     elsewhere = upstream(url="http://127.0.0.1:2/v1")
     assert standings.of(elsewhere).breaker.state == "closed"
     assert standings.of(upstream()) is not standing  # the one that is no more
