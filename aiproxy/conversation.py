@@ -329,7 +329,8 @@ class Conversation:
 
     def asks_again(self, error: ProxyError, envelope: Envelope) -> bool:
         """Whether a refusal was for what we have added; then it is taken out of the request."""
-        refused = error.status == 400 and error.outcome == "upstream_rejected"  # noqa: PLR2004
+        bad = error.status == HTTPStatus.BAD_REQUEST
+        refused = bad and error.outcome == "upstream_rejected"
         if not (self._included and refused and (error.param or "").startswith("include")):
             return False
         self._included = False

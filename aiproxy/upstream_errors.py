@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -40,7 +41,7 @@ def passed_on(
     status: int, body: bytes, back: tuple[tuple[str, str], ...], shape: Shape
 ) -> ProxyError:
     """An upstream's own refusal: its body as it is where it has our shape, else its message."""
-    kind = "requests" if status == 429 else errors.INVALID  # noqa: PLR2004
+    kind = "requests" if status == HTTPStatus.TOO_MANY_REQUESTS else errors.INVALID
     error = errors.ProxyError(
         status,
         kind,
