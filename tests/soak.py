@@ -123,14 +123,19 @@ async def running(folder: Path, url: str, store: str, leak: str) -> AsyncIterato
     config, output = folder / "aiproxy.yaml", folder / "output"
     config.write_text(config_text(url, store), encoding="utf-8")
     path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
-    environ = {**os.environ, **ALLOCATION, "PYTHONPATH": path, "PYTHONASYNCIODEBUG": ""}
+    settings = {"PYTHONPATH": path, "PYTHONASYNCIODEBUG": "", "STATE_DIRECTORY": str(folder)}
+    environ = {**os.environ, **ALLOCATION, **settings}
     command = [sys.executable, "-W", "always", str(HERE / "soaked.py"), str(config), leak]
     with output.open("wb") as file:
         process = await asyncio.create_subprocess_exec(
             *command, env=environ, stdin=PIPE, stdout=PIPE, stderr=file, limit=2**24
         )
+    soaked = Soaked(process, output)
     try:
-        yield Soaked(process, output)
+        yield soaked
+    except Exception:
+        print(soaked.output()[-4000:], file=sys.stderr)
+        raise
     finally:
         if process.returncode is None:
             process.kill()

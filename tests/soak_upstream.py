@@ -184,6 +184,8 @@ class Plays:
         """Answer one request."""
         self._upstream.requests.clear()
         name, number = _PLAY.findall(request.body)[-1]  # those before are of earlier turns
+        if number not in self._came:  # its client is gone, and it was tried again
+            return [Stall()]
         self._came[number].set()
         api = request.path.rpartition("/v1/")[2].removesuffix("/completions")
         streamed = json.loads(request.body).get("stream") is True

@@ -31,6 +31,7 @@ from aiproxy.config import load
 from aiproxy.daemon import SWITCH_INTERVAL, Daemon
 from aiproxy.limits import Reservation
 from aiproxy.metrics import Metrics
+from aiproxy.stores.level_file import state_directory
 
 if TYPE_CHECKING:
     from aiproxy.exchange import Exchange
@@ -141,7 +142,13 @@ class Soaked(Daemon):
     def __init__(self, path: Path) -> None:
         source = partial(load, path, environ=os.environ)
         self.sieve = Sieve()
-        super().__init__(source().config, path=str(path), source=source, log_stream=self.sieve)
+        super().__init__(
+            source().config,
+            path=str(path),
+            source=source,
+            state=state_directory(os.environ),
+            log_stream=self.sieve,
+        )
         self._obeying: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -152,11 +159,12 @@ class Soaked(Daemon):
 
     async def _obey(self) -> None:
         reader = asyncio.StreamReader()
-        await asyncio.get_running_loop().connect_read_pipe(
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
         )
         while await reader.readline():
             say(self.held()._asdict())
+        transport.close()
         os.kill(os.getpid(), signal.SIGTERM)
 
     def held(self) -> Held:
@@ -243,7 +251,7 @@ def _series(record: Callable[..., None], metrics: Metrics, exchange: "Exchange")
 
 
 def _careless(finish: Callable[..., None], call: Call, outcome: object) -> None:
-    asyncio.sleep(0)
+    _ = asyncio.sleep(0)
     socket.socket()
     finish(call, outcome)
 
