@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any, Literal, get_args
 
-from client import Answer, RawClient
+from client import Answer, IncompleteBody, RawClient
 from soak_upstream import KEYS, PATHS, Api, Play, Plays
 
 Phase = Literal[
@@ -224,6 +224,9 @@ class Load:
             said = await client.read_until(b"Hello") if head.status == 200 else b""
             prompt.go_on.set()
             said += await client.read_body()
+        except IncompleteBody as error:
+            await client.close()
+            raise LoadError(f"{api} {model} {play}: {error.partial!r}") from None
         except BaseException:
             await client.close()
             raise

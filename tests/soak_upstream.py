@@ -150,7 +150,7 @@ def _answers() -> dict[tuple[str, bool], _Told]:
 
 def _declared() -> _Told:
     """Return a stream that fails before any output."""
-    *_, failed = responses_events(items=[], terminal="failed")
+    *_, failed = responses_events(items=[], terminal="failed", usage=None)
     opened = responses_events(items=[], terminal=None)
     chunks = [Chunk(frame) for frame in (*opened, failed)]
     return _Told(_encoded(Headers(200, SSE_HEADERS), *chunks) + EndChunks().encode(), b"", b"")
