@@ -49,7 +49,7 @@ WARM = 40  # decks: by then all caches are full
 START_LIMIT = 30.0  # seconds
 PATIENCE = 20.0  # seconds for the daemon to come to rest
 STILL = 5  # times that it holds the same, one after another, to be at rest
-PAUSE = 0.04  # seconds between these
+PAUSE = 0.02  # seconds between these
 # So that all memory is allocated by the C library, from one heap, without caches of freed blocks.
 ALLOCATION = {
     "PYTHONMALLOC": "malloc",
@@ -273,6 +273,8 @@ class Plan:
         rounds: after the warm-up.
         warm: decks of the warm-up, at least.
         minutes: then the rounds are as long as that takes.
+        store: of sessions.
+        leak: what the daemon is made to leak.
         patience: seconds for it to come to rest.
     """
 
@@ -305,7 +307,8 @@ async def soak(folder: Path, plan: Plan) -> Report:
                 await load.run(decks)
                 held = await at_rest(soaked, baseline, plan.patience)
                 report.rounds.append(held)
-                print(row(str(number), held, report.growth), flush=True)
+                grown = report.growth if number > 1 else None
+                print(row(str(number), held, grown), flush=True)
                 if not report.judge(held, load.made):
                     break
             else:
@@ -322,7 +325,7 @@ async def _warmed_up(soaked: Soaked, load: Load, plan: Plan) -> tuple[Held, floa
     """Play until a round brings no new series; what is held then, and decks per second."""
     series: list[str] = []
     decks = plan.warm
-    for _ in range(5):
+    for _ in range(3):
         soaked.reload()
         began = time.monotonic()
         await load.run(decks)

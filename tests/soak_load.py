@@ -81,6 +81,7 @@ class Load:
         self._choose = random.Random(seed)  # noqa: S311 - an order, no secrets
         self._kept: list[RawClient] = []
         self._decks = itertools.count()
+        self._talking = asyncio.Semaphore(4)
         self._over = False
         self.made = 0
         self.streams = 0
@@ -137,9 +138,11 @@ class Load:
             partial(self.json, "chat", play="busy", status=429),
             partial(self.json, "responses", play="refused", status=400),
             partial(self.json, "responses", key="small", status=429),
-            partial(self.json, "chat", key="none", status=401),
-            partial(self.json, "chat", "unknown", status=404),
-            partial(self.json, "responses", status=400, previous_response_id="resp_unknown"),
+            # What callers make up is never the same.
+            partial(self.json, "responses", f"any-{number}"),
+            partial(self.json, "chat", f"unknown-{number}", status=404),
+            partial(self.json, "chat", key=f"nobody-{number}", status=401),
+            partial(self.json, "responses", status=400, previous_response_id=f"resp_{number}"),
             *(partial(leave, phase, number, at) for phase in PHASES for at in range(LEAVING)),
         ]
 
@@ -158,7 +161,7 @@ class Load:
         method: str = "POST",
         coded: bool = False,
     ) -> None:
-        headers = [("authorization", f"Bearer {KEYS.get(key, 'nobody')}")]
+        headers = [("authorization", f"Bearer {KEYS.get(key, key)}")]
         body = None if document is None else json.dumps(document).encode()
         if body is not None:
             headers.append(("content-type", "application/json"))
@@ -244,7 +247,14 @@ class Load:
     # -- scenes
 
     async def conversation(self, *, delete: bool = False) -> None:
-        """Two streamed turns that are kept and one that is not, and what is stored of them."""
+        """Two streamed turns that are kept and one that is not, and what is stored of them.
+
+        Few at the same time: the store is small, and gives way to the next ones.
+        """
+        async with self._talking:
+            await self._converse(delete=delete)
+
+    async def _converse(self, *, delete: bool) -> None:
         ids: list[str] = []
         for _ in range(2):
             before: dict[str, Any] = {"previous_response_id": ids[-1]} if ids else {}

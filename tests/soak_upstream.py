@@ -60,7 +60,7 @@ def config_text(url: str, store: str) -> str:
     every = ["responses", "chat", "messages", "embeddings"]
     apis = {"main": every, "chatty": ["chat"], "wordy": ["messages"], "keeper": ["responses"]}
     upstreams: dict[str, dict[str, Any]] = {
-        name: {"url": f"{base}/{name}/v1", "apis": spoken, "idle_connections": "300ms"}
+        name: {"url": f"{base}/{name}/v1", "apis": spoken, "idle_connections": "150ms"}
         for name, spoken in {**apis, "broken": ["responses"]}.items()
     }
     upstreams["keeper"]["sessions"] = "upstream"
@@ -76,12 +76,16 @@ def config_text(url: str, store: str) -> str:
             "listen": "127.0.0.1:0",
             "admin": "127.0.0.1:0",
             "upstreams": upstreams,
-            "routes": [*routes, {"model": "both", "upstreams": ["main", "chatty"]}],
+            "routes": [
+                *routes,
+                {"model": "both", "upstreams": ["main", "chatty"]},
+                {"model": "any-*", "upstreams": ["main"]},
+            ],
             "keys": {
                 name: {"sha256": hashlib.sha256(key.encode()).hexdigest(), "limits": limits[name]}
                 for name, key in KEYS.items()
             },
-            "sessions": {"store": store, "max_bytes": "64KiB"},
+            "sessions": {"store": store, "max_bytes": "128KiB"},
             "retries": 1,
             "breaker": {"failures": BREAKS, "cooldown": "300ms", "max_cooldown": "300ms"},
             "drain": {"delay": "0s", "timeout": "5s"},
