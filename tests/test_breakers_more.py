@@ -71,6 +71,17 @@ def test_old_failures_beside_a_probe() -> None:
     assert made.state == "closed"
 
 
+def test_an_old_request_that_begins_to_be_answered() -> None:
+    """Its head closes nothing, neither before the probe nor beside it."""
+    made, _ = breaker()
+    made.failed(0.0)
+    made.answered(probe=False)
+    assert not made.admits(1.0)
+    assert made.admits(5.0)
+    made.answered(probe=False)
+    assert made.state == "half-open"
+
+
 def test_a_credential_that_an_old_request_finds_refused() -> None:
     """A refused credential says something of now, whoever finds it: it opens beside a probe."""
     made, told = breaker()

@@ -228,11 +228,11 @@ def test_a_tier_has_its_turn_once_for_a_request() -> None:
 def test_those_that_are_not_ready_have_no_turn() -> None:
     """Who is not ready when a request comes to its tier keeps its place, and gains nothing."""
     balance = Balance()
-    for first in "caca":
+    for first in "bcbc":
         one = order(balance)
-        assert one.reach(2, lambda at: at != 1).name == first
-        assert names(one)[1] == "b"
-    assert order(balance).reach(1).name == "b"
+        assert one.reach(1, lambda at: at != 3).name == first
+        assert names(one)[3] == "a"
+    assert [order(balance).reach(1).name for _ in range(3)] == ["b", "c", "a"]
 
 
 def test_a_preferred_target_has_no_turn() -> None:
