@@ -177,6 +177,22 @@ async def test_a_bridge_holds_its_beginning_for_so_long(monkeypatch: pytest.Monk
         await rig.check(stream=body)
 
 
+@pytest.mark.parametrize("first", ["chat", "responses"])
+async def test_tools_that_one_bridge_drops_are_the_others(first: str) -> None:
+    """What was left out is told of the target that answers, and only there is it left out."""
+    last = "chat" if first == "responses" else "responses"
+    tools = [{"type": "web_search"}]
+    async with targets(each=speaks(first, last), route={"unsupported_tools": "drop"}) as rig:
+        rig["a"].script(refusal(503))
+        seen = await rig.ask(tools=tools)
+        assert said("responses", seen.answer) == "from b"
+        dropped = "web_search" if last == "chat" else None
+        assert seen.answer.headers.get("x-aiproxy-dropped-tools") == dropped
+        native = rig["a" if first == "responses" else "b"].requests[0]
+        assert native.json()["tools"] == tools
+        await rig.check()
+
+
 @pytest.mark.parametrize("fails", [True, False])
 async def test_a_server_that_is_completed_is_held_alike(fails: bool) -> None:  # noqa: FBT001
     """With `normalize` a failure right after the beginning moves on; a cut does not."""
