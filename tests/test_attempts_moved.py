@@ -91,6 +91,18 @@ async def test_an_error_after_an_event_does_not(api: Any) -> None:
         await rig.check()
 
 
+async def test_a_heartbeat_a_declared_failure_and_then_a_refusal() -> None:
+    """The reader of the failed stream is no more: the last failure is told in band, in whole."""
+    async with targets(retries=1, streams={"keepalive": "50ms"}) as rig:
+        rig["a"].script(Sleep(0.2), frames(*failed_events()))
+        rig["b"].script(refusal(503, ("retry-after", "30")))
+        seen = await rig.ask(streamed=True)
+        kinds = [kind for kind, _ in parse_sse(seen.body)]
+        assert kinds == ["response.created", "response.failed"]
+        assert b"[upstream_overloaded]" in seen.body
+        await rig.check(stream=seen.body)
+
+
 # Bridges
 
 
