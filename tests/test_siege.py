@@ -10,7 +10,7 @@ from child_rig import child
 from siege import Numbers, Report, main
 from upstream import ScriptedUpstream
 
-SMALL = Numbers(clients=20, rate=50.0, seconds=1.5, rounds=1, slow=100, bombs=2, unpacked=40)
+SMALL = Numbers(clients=10, rate=30.0, seconds=1.2, rounds=1, slow=40, bombs=1, unpacked=40)
 
 
 @pytest.mark.timeout(120)  # three processes
