@@ -137,6 +137,22 @@ async def test_a_failed_json_answer_moves_on_alike() -> None:
         await rig.check()
 
 
+@pytest.mark.parametrize(("tokens", "asked"), [(0, {"a": 1, "b": 1}), (1, {"a": 1})])
+async def test_a_failed_json_answer_with_output_does_not_move_on(
+    tokens: int, asked: dict[str, int]
+) -> None:
+    """Output that was made is paid for, be it one token, and not made twice."""
+    async with targets() as rig:
+        error = {"code": "server_error", "message": "no"}
+        usage = {"input_tokens": 5, "output_tokens": tokens, "total_tokens": 5 + tokens}
+        failed = responses_json() | {"status": "failed", "error": error, "usage": usage}
+        rig["a"].script(json_answer(failed))
+        seen = await rig.ask()
+        assert rig.got == asked
+        assert seen.line["outcome"] == ("failed" if tokens else "completed")
+        await rig.check()
+
+
 # A cut or a silence
 
 

@@ -103,6 +103,16 @@ def limits(**written: Any) -> Limits:
     return Limits.model_validate(written)
 
 
+def test_a_clock_never_goes_back() -> None:
+    """It follows the one that it reads, and stands still while that is behind."""
+    time = Time(5)
+    clock = Clock(time.read)
+    told = []
+    for time.ns in (7, 6, 7, 8):
+        told.append(clock.now())
+    assert told == [7, 7, 7, 8]
+
+
 def test_the_first_reason_is_told() -> None:
     """Too large comes first, then concurrent, requests and tokens, the key before the route."""
     key = limits(concurrent=1, requests="2/min", tokens="100/min")
@@ -225,6 +235,14 @@ def test_waiting_for_others_has_a_bound() -> None:
     world.admitted(Demand(1, 0, 1999))
     found = world.refused(Demand(1, 0, 900))
     assert (found.wait, found.under_way) == (MINUTE, 2000)
+
+
+@pytest.mark.parametrize(("tokens", "under_way"), [(90, 100), (91, 0)])
+def test_whether_others_are_in_the_way(tokens: int, under_way: int) -> None:
+    """What is under way is named where all that is asked for is there, to the last token."""
+    world = World([limits(tokens="100/h")])
+    world.admitted(Demand(10, 0, 90))
+    assert world.refused(Demand(tokens, 0, 95)).under_way == under_way
 
 
 def test_one_that_may_be_more_than_all_is_alone() -> None:

@@ -20,6 +20,14 @@ def gate() -> SessionGate:
     return SessionGate(Sessions(), metrics=Mock(), log=Mock())
 
 
+def test_its_bounds_are_the_configured_ones_from_the_beginning() -> None:
+    """What is kept before the first reload is bounded by what the daemon began with."""
+    bounds = Sessions(max_turns=7)
+    gate = SessionGate(bounds, metrics=Mock(), log=Mock())
+    assert gate.bounds is bounds
+    assert gate._store._max_bytes == bounds.max_bytes  # type: ignore[attr-defined] # in memory
+
+
 async def test_l3_what_is_due_goes_on_after_a_fault(
     gate: SessionGate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

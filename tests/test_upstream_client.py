@@ -14,6 +14,8 @@ import pytest
 
 from aiproxy.coding import Decoder
 from aiproxy.upstream import ANTHROPIC_VERSION, MAX_ANSWER, MAX_PIECE, Client
+from aiproxy.upstream_answer import Head
+from aiproxy.upstream_errors import asked_for
 from faults import PATHS, Serve, asked, check_error, events_of, json_of, results_of
 from rig import ABSENT, CREDENTIAL, config_text, load
 from steps import SSE_HEADERS, Step
@@ -23,6 +25,30 @@ if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
+
+# What a refusal asks for
+
+
+@pytest.mark.parametrize(
+    ("fields", "seconds"),
+    [
+        ({}, 0.0),
+        ({"retry-after": "7"}, 7.0),
+        ({"retry-after": "0.5"}, 0.5),
+        ({"retry-after-ms": "1500", "retry-after": "7"}, 1.5),
+        ({"retry-after-ms": "0", "retry-after": "7"}, 0.0),
+        ({"retry-after-ms": "-1", "retry-after": "7"}, 7.0),
+        ({"retry-after-ms": "inf", "retry-after": "7"}, 7.0),
+        ({"retry-after-ms": "nan", "retry-after": "7"}, 7.0),
+        ({"retry-after-ms": "soon", "retry-after": "7"}, 7.0),
+        ({"retry-after": "Fri, 31 Dec 1999 23:59:59 GMT"}, 0.0),
+        ({"retry-after": "123456789012345"}, 123456789012.0),
+    ],
+)
+def test_how_long_an_upstream_asks_to_be_left_alone(fields: dict[str, str], seconds: float) -> None:
+    """Its milliseconds count before its seconds; what is no number of them is passed over."""
+    assert asked_for(Head(503, list(fields.items()), fields).get) == seconds
+
 
 # Heads
 
