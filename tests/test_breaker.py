@@ -75,6 +75,29 @@ def test_the_cooldown_doubles() -> None:
     assert told[-1] == ("open", COOLDOWN)
 
 
+def test_why_it_changes_is_told() -> None:
+    """Each transition is told once, with what opened it and for how long."""
+    told: list[tuple[object, ...]] = []
+    made = Breaker(2, COOLDOWN, MOST, lambda *what: told.append(what))
+    play(made, [("failed", 0.0), ("failed", 0.0), ("failed", 0.0), ("admits", 5.0)])
+    made.failed(5.0, probe=True)
+    play(made, [("admits", 15.0)])
+    made.unknown(probe=True)
+    play(made, [("admits", 15.0)])
+    made.succeeded(probe=True)
+    made.refused(20.0)
+    assert told == [
+        ("open", "failures", COOLDOWN),
+        ("half-open", "", 0.0),
+        ("open", "failures", 2 * COOLDOWN),
+        ("half-open", "", 0.0),
+        ("open", "failures", 0.0),
+        ("half-open", "", 0.0),
+        ("closed", "", 0.0),
+        ("open", "credential", COOLDOWN),
+    ]
+
+
 @pytest.mark.parametrize(("asked", "wait"), [(1.0, 5.0), (30.0, 30.0), (9999.0, 60.0)])
 def test_what_the_upstream_asks_for(asked: float, wait: float) -> None:
     """Its Retry-After lengthens the cooldown, never beyond the maximum."""

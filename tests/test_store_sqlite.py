@@ -440,6 +440,24 @@ async def test_what_is_used_last_is_renewed_at_the_end(file: Path) -> None:
     assert rows == [(clock.now,), (clock.now,)]
 
 
+@pytest.mark.parametrize("writes", [True, False])
+@pytest.mark.parametrize("reads", [True, False])
+async def test_what_hangs_keeps_the_file_open(
+    file: Path,
+    writes: bool,  # noqa: FBT001
+    reads: bool,  # noqa: FBT001
+) -> None:
+    """A connection is not closed under a thread that hangs, be it one that reads."""
+    async with opened(file) as store:
+        real = store._writer, store._readers, store._connection, store._book
+        store._writer = Mock(close=Mock(return_value=not writes))
+        store._readers = Mock(close=Mock(return_value=not reads))
+        store._connection = connection = Mock()
+        store._close()
+        assert connection.close.called is not (writes or reads)
+        store._writer, store._readers, store._connection, store._book = real
+
+
 async def test_readers_that_hang_share_one_patience(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
