@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiproxy.breaker import Breaker
-from aiproxy.standing import Standings
+from aiproxy.standing import FULL, Standings
 from rig import config_text, load
 
 FAILURES, COOLDOWN, MOST = 3, 5.0, 60.0
@@ -172,6 +172,7 @@ def test_a_full_upstream_and_reloads() -> None:
     standing.leave()
     assert standing.enter(0.0)
     standing.breaker.refused(0.0)
+    assert [standing.wait(at) for at in (1.0, 4.5, 5.0)] == [4.0, 0.5, FULL]
     assert told == [("scripted", "open", "credential", 5.0)]
     standings.configure(config(url="http://127.0.0.1:2/v1"))
     assert told[1:] == [("scripted", "closed", "", 0.0)]

@@ -121,6 +121,18 @@ async def test_l11_a_failure_in_doubt_is_away(gate: SessionGate, store: Store, h
     await gate.ready()
 
 
+async def test_l11_a_failure_in_the_moment_of_the_first(
+    gate: SessionGate, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What began when the store was in doubt counts, however coarse the clock is."""
+    monkeypatch.setattr("aiproxy.session_gate.time.monotonic", lambda: 5.0)
+    store.fails = True
+    assert await put(gate) == 503
+    assert not away(gate)
+    assert await put(gate) == 503
+    assert away(gate)
+
+
 async def test_l11_a_read_is_no_proof(gate: SessionGate, store: Store) -> None:
     """A store that can be read alone is still in doubt."""
     store.fails = True

@@ -190,6 +190,19 @@ async def test_a_reader_elsewhere_keeps_no_turn_from_being_put(file: Path) -> No
         assert b"a of alice asks" not in b"".join(files_of(file).values())
 
 
+async def test_a_turn_without_content_is_deleted_whoever_reads(file: Path) -> None:
+    """There is nothing of it to erase: nobody waits for the log, nor is told of it."""
+    async with opened(file) as store:
+        here = World(store, Clock())
+        head = await here.put("a", held=False)
+        with database(file) as other:
+            other.execute("BEGIN")
+            assert other.execute("SELECT count(*) FROM turns").fetchone() == (1,)
+            assert await store.delete(head)
+            other.execute("ROLLBACK")
+        assert await here.result("a") == "missing"
+
+
 async def test_a_log_that_cannot_be_emptied_fails_nobody(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
