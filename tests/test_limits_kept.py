@@ -481,3 +481,4 @@ def test_levels_are_refilled_for_their_age_alone(age: int, left: int) -> None:
     store.restore({"keys": {"a": {"requests": [saved]}}}, age)
     (level,) = store.levels("keys")["a"]
     assert level.remaining == left
+    assert [account.owner for account in store._books["keys"].values()] == ["key 'a'"]

@@ -4,6 +4,7 @@ import asyncio
 import fcntl
 import os
 import sqlite3
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
@@ -451,6 +452,14 @@ async def test_what_is_used_last_is_renewed_at_the_end(file: Path) -> None:
     with database(file) as other:
         rows = other.execute("SELECT used FROM conversations").fetchall()
     assert rows == [(clock.now,), (clock.now,)]
+
+
+async def test_no_thread_of_the_store_keeps_the_process(file: Path) -> None:
+    """A disk that hangs is not waited for at the exit: all its threads are daemons."""
+    async with opened(file):
+        threads = [each for each in threading.enumerate() if each.name.startswith("sessions")]
+        assert len(threads) == 3
+        assert all(each.daemon for each in threads)
 
 
 @pytest.mark.parametrize("writes", [True, False])

@@ -61,7 +61,7 @@ class Wire(asyncio.Transport):
             loop or cast("asyncio.AbstractEventLoop", Still()), self.lost.append
         )
         self.connection.connection_made(self)
-        assert self.limits == (HIGH, 0)  # `sent` can be exact only so
+        assert [*self.limits] == [HIGH, 0]  # `sent` can be exact only so
 
     # What a connection does with its transport
 
