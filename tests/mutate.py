@@ -47,8 +47,8 @@ AREAS = {
 }
 # In the names of test files that have something to say about these.
 WORDS = """answers attempts body breaker connections count_tokens ends envelope errors faults gaps
-hostile invariants leftovers limits metrics reload reply requests routing session store streams upstream
-usage_counted watch""".split()  # noqa: SIM905 - a list of words
+hostile invariants leftovers limits metrics reload reply requests routing session store streams
+upstream usage_counted watch""".split()  # noqa: SIM905 - a list of words
 NOT = re.compile("bridge(?!_chat_ends)|sdk|json")  # these are about what a body says
 # Imported once, not for every mutant.
 LIBRARIES = """aiohttp.web anthropic blockbuster hypothesis jsonschema openai prometheus_client
@@ -170,13 +170,10 @@ class Record:
         for test in found or about:  # its name may be used by modules that are not judged alone
             functions[test.split("[")[0]].append(test)
 
-        def words(file: str) -> set[str]:
-            return {word.rstrip("s") for word in re.split(r"[/_.]", file)}
-
-        named = words(mutant.file) - {"py"}
+        named = {word.rstrip("s") for word in re.split(r"[/_.]", mutant.file)} - {"py"}
 
         def cost(test: str) -> float:
-            worth = about[test] * (1 + 4 * len(named & words(test.split("::", maxsplit=1)[0])))
+            worth = about[test] * (1 + 4 * sum(word in test.split("::", maxsplit=1)[0] for word in named))
             return (self._seconds[test] + 0.03) / worth if worth else math.inf
 
         columns = [sorted(tests, key=cost) for tests in functions.values()]
