@@ -15,7 +15,7 @@ from rig import CREDENTIAL, LogTap, Proxy, config_text, totals
 from upstream import ScriptedUpstream
 
 ROOT = Path(__file__).resolve().parent.parent
-START_LIMIT = 30.0  # seconds for a program to be ready
+START_LIMIT = 60.0  # seconds for a program to be ready
 MIB = 2**20
 
 

@@ -406,7 +406,8 @@ TABLE: list[Row] = [
     elsewhere("F34", "wall clock steps of an hour",                                            "the same admissions",    "usage",
               "test_limits_load::test_f34_the_wall_clock_does_not_matter"),
     elsewhere("F40", "loop blocked, 1,000 slow heads, 200 clients",                            "whole; slow ones cut",   "usage",
-              "test_hostile_load::test_f40_slow_heads_while_the_loop_is_blocked"),
+              "test_hostile_load::test_f40_slow_heads_while_the_loop_is_blocked",
+              "test_siege::test_others_are_served_under_attack"),
 ]
 # fmt: on
 

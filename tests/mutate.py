@@ -47,9 +47,9 @@ AREAS = {
 }
 # In the names of test files that have something to say about these.
 WORDS = """answers attempts body breaker connections count_tokens ends envelope errors faults gaps
-hostile invariants leftovers limits metrics reload requests routing session store streams upstream
-usage_counted watch""".split()  # noqa: SIM905 - a list of words
-NOT = re.compile("bridge|sdk|json")  # these are about what a body says
+hostile invariants leftovers limits metrics reload reply requests routing session store streams
+upstream usage_counted watch""".split()  # noqa: SIM905 - a list of words
+NOT = re.compile("bridge(?!_chat_ends)|sdk|json")  # these are about what a body says
 # Imported once, not for every mutant.
 LIBRARIES = """aiohttp.web anthropic blockbuster hypothesis jsonschema openai prometheus_client
 pydantic pytest structlog uvloop yaml"""
@@ -170,8 +170,13 @@ class Record:
         for test in found or about:  # its name may be used by modules that are not judged alone
             functions[test.split("[")[0]].append(test)
 
+        named = {word.rstrip("s") for word in re.split(r"[/_.]", mutant.file)} - {"py"}
+
         def cost(test: str) -> float:
-            return (self._seconds[test] + 0.03) / about[test] if about[test] else math.inf
+            worth = about[test] * (
+                1 + 4 * sum(word in test.split("::", maxsplit=1)[0] for word in named)
+            )
+            return (self._seconds[test] + 0.03) / worth if worth else math.inf
 
         columns = [sorted(tests, key=cost) for tests in functions.values()]
         columns.sort(key=lambda tests: cost(tests[0]))

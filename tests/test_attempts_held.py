@@ -3,6 +3,7 @@
 import asyncio
 import json
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -274,6 +275,17 @@ async def test_more_than_64_kib_are_not_held(monkeypatch: pytest.MonkeyPatch) ->
         assert kinds_of(body)[0] == "response.created"
         assert rig.got == {"a": 1}
         await rig.check(stream=body)
+
+
+def test_exactly_64_kib_are_held() -> None:
+    """The byte beyond them lets them go."""
+    settled = Mock()
+    held = relay.Relay(Mock(), Mock(begun=False), Mock(), 1.0, settled)
+    held._write(b"x" * (64 * 1024 - 1))
+    held._write(b"x")
+    assert not settled.called
+    held._write(b"x")
+    assert settled.call_count == 1
 
 
 async def test_output_lets_them_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,18 @@ async def test_an_error_after_an_event_does_not(api: Any) -> None:
         await rig.check()
 
 
+async def test_a_heartbeat_a_declared_failure_and_then_a_refusal() -> None:
+    """The reader of the failed stream is no more: the last failure is told in band, in whole."""
+    async with targets(retries=1, streams={"keepalive": "50ms"}) as rig:
+        rig["a"].script(Sleep(0.2), frames(*failed_events()))
+        rig["b"].script(refusal(503, ("retry-after", "30")))
+        seen = await rig.ask(streamed=True)
+        kinds = [kind for kind, _ in parse_sse(seen.body)]
+        assert kinds == ["response.created", "response.failed"]
+        assert b"[upstream_overloaded]" in seen.body
+        await rig.check(stream=seen.body)
+
+
 # Bridges
 
 
@@ -175,6 +187,22 @@ async def test_a_bridge_holds_its_beginning_for_so_long(monkeypatch: pytest.Monk
         assert kinds == ["response.created", "response.in_progress", "response.failed"]
         assert rig.got == {"a": 1}
         await rig.check(stream=body)
+
+
+@pytest.mark.parametrize("first", ["chat", "responses"])
+async def test_tools_that_one_bridge_drops_are_the_others(first: str) -> None:
+    """What was left out is told of the target that answers, and only there is it left out."""
+    last = "chat" if first == "responses" else "responses"
+    tools = [{"type": "web_search"}]
+    async with targets(each=speaks(first, last), route={"unsupported_tools": "drop"}) as rig:
+        rig["a"].script(refusal(503))
+        seen = await rig.ask(tools=tools)
+        assert said("responses", seen.answer) == "from b"
+        dropped = "web_search" if last == "chat" else None
+        assert seen.answer.headers.get("x-aiproxy-dropped-tools") == dropped
+        native = rig["a" if first == "responses" else "b"].requests[0]
+        assert native.json()["tools"] == tools
+        await rig.check()
 
 
 @pytest.mark.parametrize("fails", [True, False])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiproxy.breaker import Breaker
-from aiproxy.standing import Standing, Standings
+from aiproxy.standing import FULL, Standing, Standings
 from rig import config_text, load
 
 FAILURES, COOLDOWN, MOST = 3, 5.0, 60.0
@@ -74,6 +74,29 @@ def test_the_cooldown_doubles() -> None:
     made.succeeded(probe=True)
     play(made, [("failed", 0.0)] * FAILURES)
     assert told[-1] == ("open", COOLDOWN)
+
+
+def test_why_it_changes_is_told() -> None:
+    """Each transition is told once, with what opened it and for how long."""
+    told: list[tuple[object, ...]] = []
+    made = Breaker(2, COOLDOWN, MOST, lambda *what: told.append(what))
+    play(made, [("failed", 0.0), ("failed", 0.0), ("failed", 0.0), ("admits", 5.0)])
+    made.failed(5.0, probe=True)
+    play(made, [("admits", 15.0)])
+    made.unknown(probe=True)
+    play(made, [("admits", 15.0)])
+    made.succeeded(probe=True)
+    made.refused(20.0)
+    assert told == [
+        ("open", "failures", COOLDOWN),
+        ("half-open", "", 0.0),
+        ("open", "failures", 2 * COOLDOWN),
+        ("half-open", "", 0.0),
+        ("open", "failures", 0.0),
+        ("half-open", "", 0.0),
+        ("closed", "", 0.0),
+        ("open", "credential", COOLDOWN),
+    ]
 
 
 @pytest.mark.parametrize(("asked", "wait"), [(1.0, 5.0), (30.0, 30.0), (9999.0, 60.0)])
@@ -150,6 +173,7 @@ def test_a_full_upstream_and_reloads() -> None:
     standing.leave()
     assert standing.enter(0.0)
     standing.breaker.refused(0.0)
+    assert [standing.wait(at) for at in (1.0, 4.5, 5.0)] == [4.0, 0.5, FULL]
     assert told == [("scripted", "open", "credential", 5.0)]
     standings.configure(config(url="http://127.0.0.1:2/v1"))
     assert told[1:] == [("scripted", "closed", "", 0.0)]

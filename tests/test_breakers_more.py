@@ -71,6 +71,28 @@ def test_old_failures_beside_a_probe() -> None:
     assert made.state == "closed"
 
 
+def test_an_old_request_that_begins_to_be_answered() -> None:
+    """Its head closes nothing, neither before the probe nor beside it."""
+    made, _ = breaker()
+    made.failed(0.0)
+    made.answered(probe=False)
+    assert not made.admits(1.0)
+    assert made.admits(5.0)
+    made.answered(probe=False)
+    assert made.state == "half-open"
+
+
+def test_a_probe_that_ends_without_a_word_is_followed_by_one() -> None:
+    """It closes nothing: one request at a time tries the upstream still."""
+    made, told = breaker()
+    made.failed(0.0)
+    assert made.admits(5.0)
+    made.unknown(probe=True)
+    assert (made.state, made.wait(5.0)) == ("open", 0.0)
+    assert [made.admits(5.0), made.admits(5.0)] == [True, False]
+    assert told[-2:] == [("open", "failures", 0.0), ("half-open", "", 0.0)]
+
+
 def test_a_credential_that_an_old_request_finds_refused() -> None:
     """A refused credential says something of now, whoever finds it: it opens beside a probe."""
     made, told = breaker()

@@ -79,7 +79,7 @@ async def check_no_spinning(daemon: Child) -> None:
     await eventually(rests, 5)
 
 
-@pytest.mark.timeout(60)  # a process starts, and a hundred clients
+@pytest.mark.timeout(120)  # a process starts, and a hundred clients
 async def test_f21_few_descriptors(upstream: ScriptedUpstream, tmp_path: Path) -> None:
     """Of 100 clients with 64 descriptors each is served in whole, waits, or gets its 503.
 

@@ -334,6 +334,23 @@ def test_a_reload_keeps_what_is_used(before: Any, after: Any, left: list[int]) -
     assert [level.remaining for level in world.accounts[0].levels(0)] == left
 
 
+def test_the_tightest_is_the_one_that_leaves_the_least() -> None:
+    """However long another one takes to be full; of two that leave the same it is that one."""
+    world = World([limits(requests=["10/min", "20/h"])])
+    world.admitted(Demand())
+    assert [(level.window, level.remaining) for level in world.all.levels()] == [("minute", 9)]
+    alike = World([limits(requests=["10/min", "10/h"])])
+    alike.admitted(Demand())
+    assert [(level.window, level.remaining) for level in alike.all.levels()] == [("hour", 9)]
+
+
+def test_the_least_part_is_waited_for() -> None:
+    """A wait is rounded up to the nanosecond that brings the last part; nothing is no wait."""
+    bucket = TokenBucket("it", Window(3, 1, 3), 0)
+    assert bucket.amount == 3
+    assert [bucket.wait(parts) for parts in (-1, 0, 1, 3, 4)] == [0, 0, 1, 1, 2]
+
+
 def test_a_resize_rounds_down_and_keeps_a_debt() -> None:
     """A part that the new unit cannot hold is lost, and a debt does not shrink with a capacity."""
     bucket = TokenBucket("", Window(1, 1, 100), 0)

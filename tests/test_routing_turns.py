@@ -27,6 +27,8 @@ async def test_a_conversation_takes_no_turn_of_another() -> None:
         for _ in range(4):
             first = await served(rig)
             await served(rig, previous_response_id=first["id"])
+            one, two = (await rig.lines(2))[-2:]
+            assert one["upstream"] == two["upstream"]
         assert rig.got == {"a": 4, "b": 4}
         await rig.check()
 

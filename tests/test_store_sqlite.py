@@ -4,6 +4,7 @@ import asyncio
 import fcntl
 import os
 import sqlite3
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
@@ -188,6 +189,19 @@ async def test_a_reader_elsewhere_keeps_no_turn_from_being_put(file: Path) -> No
         assert await here.results("b", "c", "d") == ["hit"] * 3
         await here.tend(times=2)
         assert b"a of alice asks" not in b"".join(files_of(file).values())
+
+
+async def test_a_turn_without_content_is_deleted_whoever_reads(file: Path) -> None:
+    """There is nothing of it to erase: nobody waits for the log, nor is told of it."""
+    async with opened(file) as store:
+        here = World(store, Clock())
+        head = await here.put("a", held=False)
+        with database(file) as other:
+            other.execute("BEGIN")
+            assert other.execute("SELECT count(*) FROM turns").fetchone() == (1,)
+            assert await store.delete(head)
+            other.execute("ROLLBACK")
+        assert await here.result("a") == "missing"
 
 
 async def test_a_log_that_cannot_be_emptied_fails_nobody(
@@ -438,6 +452,32 @@ async def test_what_is_used_last_is_renewed_at_the_end(file: Path) -> None:
     with database(file) as other:
         rows = other.execute("SELECT used FROM conversations").fetchall()
     assert rows == [(clock.now,), (clock.now,)]
+
+
+async def test_no_thread_of_the_store_keeps_the_process(file: Path) -> None:
+    """A disk that hangs is not waited for at the exit: all its threads are daemons."""
+    async with opened(file):
+        threads = [each for each in threading.enumerate() if each.name.startswith("sessions")]
+        assert len(threads) == 3
+        assert all(each.daemon for each in threads)
+
+
+@pytest.mark.parametrize("writes", [True, False])
+@pytest.mark.parametrize("reads", [True, False])
+async def test_what_hangs_keeps_the_file_open(
+    file: Path,
+    writes: bool,  # noqa: FBT001
+    reads: bool,  # noqa: FBT001
+) -> None:
+    """A connection is not closed under a thread that hangs, be it one that reads."""
+    async with opened(file) as store:
+        real = store._writer, store._readers, store._connection, store._book
+        store._writer = Mock(close=Mock(return_value=not writes))
+        store._readers = Mock(close=Mock(return_value=not reads))
+        store._connection = connection = Mock()
+        store._close()
+        assert connection.close.called is not (writes or reads)
+        store._writer, store._readers, store._connection, store._book = real
 
 
 async def test_readers_that_hang_share_one_patience(

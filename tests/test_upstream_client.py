@@ -8,12 +8,16 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import Mock
 
 import brotli  # type: ignore[import-untyped] # it has no stubs
 import pytest
 
+from aiproxy.breaker import Breaker
 from aiproxy.coding import Decoder
-from aiproxy.upstream import ANTHROPIC_VERSION, MAX_ANSWER, MAX_PIECE, Client
+from aiproxy.errors import ProxyError
+from aiproxy.standing import Standing
+from aiproxy.upstream import ANTHROPIC_VERSION, MAX_ANSWER, MAX_PIECE, Ask, Client
 from aiproxy.upstream_answer import Head
 from aiproxy.upstream_errors import asked_for
 from faults import PATHS, Serve, asked, check_error, events_of, json_of, results_of
@@ -48,6 +52,19 @@ else:
 def test_how_long_an_upstream_asks_to_be_left_alone(fields: dict[str, str], seconds: float) -> None:
     """Its milliseconds count before its seconds; what is no number of them is passed over."""
     assert asked_for(Head(503, list(fields.items()), fields).get) == seconds
+
+
+async def test_an_upstream_that_takes_none_is_not_asked() -> None:
+    """Who finds it full when the body is ready goes away: nothing was sent, nothing is held."""
+    standing = Standing(Breaker(1, 5.0, 5.0, lambda *_: None), 0)
+    made = client()
+    made.pool = Mock()
+    exchange = Mock(results=[])
+    ask = Ask(made, standing, exchange, Mock(), shape="openai")
+    with pytest.raises(ProxyError) as raised:
+        await ask.send(b"", b"")
+    assert (raised.value.status, ask.sent, ask.acted, ask.result) == (503, False, False, None)
+    assert (standing.in_flight, exchange.results, made.pool.mock_calls) == (0, [], [])
 
 
 # Heads

@@ -186,9 +186,9 @@ async def test_what_comes_back_after_a_reload_is_closed(
     pool.release(unused)
     pool.retire()
     await gone(upstream.requests[0])
-    states = [used.closed]
+    was_closed = used.closed
     pool.release(used)
-    assert [*states, used.closed] == [False, True]
+    assert (was_closed, used.closed) == (False, True)
     assert (list(pool._idle), pool._sweeper) == ([], None)
 
 
@@ -381,6 +381,19 @@ async def test_who_waits_at_the_end_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     await asyncio.sleep(0)
     pool.close()
     with pytest.raises(Failure):
+        await waiting
+
+
+async def test_who_is_cancelled_at_the_end_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancellation of the asker stays one, though the look-up was given up, too."""
+    Resolver(monkeypatch).gate.clear()
+    addresses = Addresses(NAME, 1)
+    waiting = asyncio.ensure_future(addresses.get())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    addresses.close()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
         await waiting
 
 

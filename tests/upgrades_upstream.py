@@ -74,6 +74,8 @@ class Upstream:
         for frame in frames:
             if b"output_text.delta" in frame:
                 await asyncio.sleep(PIECE)
+            if transport.is_closing():
+                return
             transport.write(Chunk(frame).encode())
         transport.write(EndChunks().encode())
 
