@@ -75,6 +75,7 @@ def config_text(url: str, store: str) -> str:
         {
             "listen": "127.0.0.1:0",
             "admin": "127.0.0.1:0",
+            "client_keepalive": "1h",  # as long as any round
             "upstreams": upstreams,
             "routes": [
                 *routes,

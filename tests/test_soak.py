@@ -1,6 +1,7 @@
 """The soak in short: the daemon keeps nothing of what it has served, and a leak is seen."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ async def test_a_leak_of_bytes_is_seen(tmp_path: Path) -> None:
 )
 async def test_a_leak_is_seen(tmp_path: Path, leak: str, told: list[str]) -> None:
     """What each fiftieth request leaks is named, and nothing else is."""
-    report = await soak.soak(tmp_path, Plan(**{**vars(SHORT), "leak": leak}))
+    report = await soak.soak(tmp_path, replace(SHORT, leak=leak))
     assert len(report.found) == len(told), report.found
     for sentence, begins in zip(report.found, told, strict=True):
         assert sentence.startswith(begins)
