@@ -137,6 +137,7 @@ class Load:
             partial(self.json, "responses", "wordy", coded=True),
             partial(self.json, "chat", play="busy", status=429),
             partial(self.json, "responses", play="refused", status=400),
+            partial(self.json, "messages", key="free"),
             partial(self.json, "responses", key="small", status=429),
             # What callers make up is never the same.
             partial(self.json, "responses", f"any-{number}"),
