@@ -46,13 +46,8 @@ class Counting:
         if dialect.api == "responses":
             conversation = call.conversation = Conversation(self._sessions, call, asked)
             await conversation.begin(envelope)
-        target = next(
-            each
-            for each in proxy.targets(call, route, dialect)
-            if dialect.api in each.upstream.apis
-        )
+        target = proxy.order(call, route, dialect, bridged=False).reach(0)
         way = Way(asked, target, dialect)
-        call.begin_attempt(way)
         if conversation is not None:
             await conversation.place(way)
         await proxy.admit(call)

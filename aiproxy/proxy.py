@@ -26,6 +26,7 @@ from aiproxy.limits import ONE_REQUEST, Demand, Refusal
 from aiproxy.listener import LATE
 from aiproxy.prompt_size import measure
 from aiproxy.recent import LARGEST, Recent
+from aiproxy.routes import Order
 from aiproxy.watch import Interrupted
 
 if TYPE_CHECKING:
@@ -195,16 +196,13 @@ class Proxy:
         if dialect.api == "responses":
             conversation = call.conversation = Conversation(self._sessions, call, asked)
             await conversation.begin(envelope)
-        attempts = Attempts(
-            call,
-            route,
-            dialect,
-            asked,
-            envelope,
-            self.targets(call, route, dialect),
-            self.standings,
-        )
-        await self._admit(call, await attempts.place(), route, envelope, dialect)
+        order = self.order(call, route, dialect)
+        attempts = Attempts(call, route, dialect, asked, envelope, order, self.standings)
+        try:
+            await self._admit(call, await attempts.place(), route, envelope, dialect)
+        except BaseException:
+            order.give_back()
+            raise
         del envelope  # a stream may last for hours; its request's body need not
         return await attempts.run()
 
@@ -242,8 +240,8 @@ class Proxy:
         if route.account_objects == "refuse" and account_objects.marked(body := envelope.encode()):
             await aside(partial(account_objects.refuse, body), len(body))
 
-    def targets(self, call: Call, route: Route, dialect: Dialect) -> list[Target]:
-        """Who is asked, in the order of trying.
+    def order(self, call: Call, route: Route, dialect: Dialect, *, bridged: bool = True) -> Order:
+        """Who is asked, in the order of trying; `bridged`: also over another API.
 
         Raises:
             ProxyError: nobody speaks what is asked for, or takes requests now.
@@ -253,22 +251,17 @@ class Proxy:
         def wait(target: Target) -> float:
             return self.standings.of(target.upstream).wait(now)
 
-        found = routes.targets(
-            route,
-            dialect.api,
-            call.snapshot.router.balance,
-            lambda target: wait(target) == 0.0,
-            None if conversation is None else conversation.prefers,
-        )
-        serving = [target for _, target in routes.speaking(route, dialect.api)]
-        parent = None if conversation is None else conversation.parent
-        if parent is not None and not parent.held:  # nobody else can go on with it
-            holder = [target for target in serving if target.name == parent.upstream]
-            if any(map(wait, holder)):
-                raise errors.upstream_unavailable(min(map(wait, holder)))
-        if not found:
+        serving = routes.speaking(route, dialect.api, bridged=bridged)
+        usable = [target for target in serving if wait(target) == 0.0]
+        named = () if conversation is None else conversation.named
+        holders = {each.upstream for each in named if not each.held}  # nobody else can go on
+        waits = [wait(target) for target in serving if target.name in holders]
+        if any(waits):
+            raise errors.upstream_unavailable(max(waits))
+        if not usable:
             raise errors.upstream_unavailable(min(map(wait, serving)))
-        return found
+        prefer = named[-1].upstream if named else None
+        return Order(call.snapshot.router.balance, usable, prefer)
 
     async def _admit(
         self, call: Call, asked: Asked, route: Route, envelope: Envelope, dialect: Dialect

@@ -1,6 +1,7 @@
 """What is tried again, where, how often, and what is not: contract 6.8."""
 
 import asyncio
+import gc
 import json
 import random
 import time
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from aiproxy.envelope import Envelope
 from client import parse_sse
 from faults import Api, check_charge, check_error, events_of, json_of
 from steps import Step, stream
@@ -20,7 +22,7 @@ from targets_rig import (
     targets,
     unfinished,
 )
-from upstream import Chunk, Finish, Garbage, Headers, Reset, Send, Sleep, Stall, json_answer
+from upstream import Chunk, Finish, Garbage, Headers, Reset, Send, Sleep, Stall, Wait, json_answer
 
 SAFE = [429, 503, 529]
 JSON = [("content-type", "application/json"), ("content-length", "100")]
@@ -559,4 +561,27 @@ async def test_an_empty_stream_is_the_end() -> None:
             else:
                 assert seen.answer.status == 502
         assert rig.got == {"a": 2}
+        await rig.check()
+
+
+async def test_a_stream_keeps_no_body_of_its_request() -> None:
+    """Once nothing can be tried again the body is given back, however long the answer lasts."""
+
+    def bodies() -> int:
+        gc.collect()
+        return sum(isinstance(each, Envelope) for each in gc.get_objects())
+
+    async with targets("a") as rig:
+        before = bodies()
+        events = events_of("chat")
+        going = asyncio.Event()
+        rig["a"].script(frames(*events[:-1])[:-1], Wait(going), frames(*events[-1:])[1:])
+        client = await rig.begin("chat", streamed=True)
+        await client.read_head()
+        await client.read_chunk()
+        kept = bodies() - before
+        going.set()
+        while (await client.read_chunk())[0]:
+            pass
+        assert kept == 0
         await rig.check()

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -137,6 +138,22 @@ async def test_a_failed_json_answer_moves_on_alike() -> None:
         await rig.check()
 
 
+@pytest.mark.parametrize(("tokens", "asked"), [(0, {"a": 1, "b": 1}), (1, {"a": 1})])
+async def test_a_failed_json_answer_with_output_does_not_move_on(
+    tokens: int, asked: dict[str, int]
+) -> None:
+    """Output that was made is paid for, be it one token, and not made twice."""
+    async with targets() as rig:
+        error = {"code": "server_error", "message": "no"}
+        usage = {"input_tokens": 5, "output_tokens": tokens, "total_tokens": 5 + tokens}
+        failed = responses_json() | {"status": "failed", "error": error, "usage": usage}
+        rig["a"].script(json_answer(failed))
+        seen = await rig.ask()
+        assert rig.got == asked
+        assert seen.line["outcome"] == ("failed" if tokens else "completed")
+        await rig.check()
+
+
 # A cut or a silence
 
 
@@ -258,6 +275,17 @@ async def test_more_than_64_kib_are_not_held(monkeypatch: pytest.MonkeyPatch) ->
         assert kinds_of(body)[0] == "response.created"
         assert rig.got == {"a": 1}
         await rig.check(stream=body)
+
+
+def test_exactly_64_kib_are_held() -> None:
+    """The byte beyond them lets them go."""
+    settled = Mock()
+    held = relay.Relay(Mock(), Mock(begun=False), Mock(), 1.0, settled)
+    held._write(b"x" * (64 * 1024 - 1))
+    held._write(b"x")
+    assert not settled.called
+    held._write(b"x")
+    assert settled.call_count == 1
 
 
 async def test_output_lets_them_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

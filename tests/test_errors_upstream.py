@@ -245,6 +245,18 @@ async def test_a_refusal_of_another_shape(
         assert (error["message"], told["error"]["message"]) == (message, message)
 
 
+@pytest.mark.parametrize(("status", "kind"), [(400, "invalid_request_error"), (429, "requests")])
+async def test_the_kind_of_a_refusal_that_cannot_be_read(
+    status: int, kind: str, serve: Serve, upstream: ScriptedUpstream
+) -> None:
+    """Where its body says nothing, its status does: OpenAI's own types, without a code."""
+    proxy = await serve()
+    upstream.default = json_answer(b"wrong", status)
+    error = (await proxy.post(R)).json()["error"]
+    assert (error["type"], error["code"], error["param"]) == (kind, None, None)
+    assert str(status) in error["message"]
+
+
 @pytest.mark.parametrize(("status", "kind"), [(400, "invalid_request_error"),
                                               (404, "not_found_error"),
                                               (413, "request_too_large"),

@@ -103,6 +103,16 @@ def limits(**written: Any) -> Limits:
     return Limits.model_validate(written)
 
 
+def test_a_clock_never_goes_back() -> None:
+    """It follows the one that it reads, and stands still while that is behind."""
+    time = Time(5)
+    clock = Clock(time.read)
+    told = []
+    for time.ns in (7, 6, 7, 8):
+        told.append(clock.now())
+    assert told == [7, 7, 7, 8]
+
+
 def test_the_first_reason_is_told() -> None:
     """Too large comes first, then concurrent, requests and tokens, the key before the route."""
     key = limits(concurrent=1, requests="2/min", tokens="100/min")
@@ -227,6 +237,14 @@ def test_waiting_for_others_has_a_bound() -> None:
     assert (found.wait, found.under_way) == (MINUTE, 2000)
 
 
+@pytest.mark.parametrize(("tokens", "under_way"), [(90, 100), (91, 0)])
+def test_whether_others_are_in_the_way(tokens: int, under_way: int) -> None:
+    """What is under way is named where all that is asked for is there, to the last token."""
+    world = World([limits(tokens="100/h")])
+    world.admitted(Demand(10, 0, 90))
+    assert world.refused(Demand(tokens, 0, 95)).under_way == under_way
+
+
 def test_one_that_may_be_more_than_all_is_alone() -> None:
     """An unlimited output is admitted where no bounded one is open, and keeps out all of these."""
     world = World([limits(tokens="100/min")])
@@ -314,6 +332,23 @@ def test_a_reload_keeps_what_is_used(before: Any, after: Any, left: list[int]) -
     world.admitted(Demand(60)).settle(60)
     world.accounts[0].resize(limits(tokens=after), world.clock.now())
     assert [level.remaining for level in world.accounts[0].levels(0)] == left
+
+
+def test_the_tightest_is_the_one_that_leaves_the_least() -> None:
+    """However long another one takes to be full; of two that leave the same it is that one."""
+    world = World([limits(requests=["10/min", "20/h"])])
+    world.admitted(Demand())
+    assert [(level.window, level.remaining) for level in world.all.levels()] == [("minute", 9)]
+    alike = World([limits(requests=["10/min", "10/h"])])
+    alike.admitted(Demand())
+    assert [(level.window, level.remaining) for level in alike.all.levels()] == [("hour", 9)]
+
+
+def test_the_least_part_is_waited_for() -> None:
+    """A wait is rounded up to the nanosecond that brings the last part; nothing is no wait."""
+    bucket = TokenBucket("it", Window(3, 1, 3), 0)
+    assert bucket.amount == 3
+    assert [bucket.wait(parts) for parts in (-1, 0, 1, 3, 4)] == [0, 0, 1, 1, 2]
 
 
 def test_a_resize_rounds_down_and_keeps_a_debt() -> None:

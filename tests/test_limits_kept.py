@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aiproxy.levels import LevelKeeper
+from aiproxy.limits import SavedBucket
 from aiproxy.logs import Log
 from aiproxy.metrics import Metrics
 from aiproxy.stores import level_file
@@ -470,3 +471,14 @@ def test_a_save_that_fails_leaves_nothing_behind(
     with pytest.raises(OSError, match="No space"):
         LevelFile(tmp_path).save(limits_of().save(), 0, 0)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("age", "left"), [(-5, 0), (0, 0), (1, 1), (7, 7)])
+def test_levels_are_refilled_for_their_age_alone(age: int, left: int) -> None:
+    """To the nanosecond; levels of the future are as of now."""
+    store = MemoryLimits(lambda: 100)
+    saved = SavedBucket(amount=SECOND, seconds=1, capacity=SECOND, level=0)
+    store.restore({"keys": {"a": {"requests": [saved]}}}, age)
+    (level,) = store.levels("keys")["a"]
+    assert level.remaining == left
+    assert [account.owner for account in store._books["keys"].values()] == ["key 'a'"]

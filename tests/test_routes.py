@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from aiproxy.config import Config, Key, Route
 from aiproxy.errors import ProxyError
-from aiproxy.routes import Balance, Router, glob, is_glob, targets
+from aiproxy.routes import Balance, Order, Router, glob, is_glob, speaking
 from rig import load
 
 NAMES = st.text(alphabet="ab.[\n", max_size=5)
@@ -177,7 +177,7 @@ def config() -> Config:
 
 def test_targets_speak_the_api(config: Config) -> None:
     """A route's targets are returned for an API that they speak."""
-    (target,) = targets(config.routes[0], "chat", Balance(), lambda _: True)
+    (target,) = speaking(config.routes[0], "chat")
     assert target.upstream.name == "chatty"
 
 
@@ -185,6 +185,73 @@ def test_targets_speak_the_api(config: Config) -> None:
 def test_targets_that_do_not_speak_the_api(config: Config, api: str) -> None:
     """An endpoint that none of the targets speaks is 400 unsupported_parameter, param model."""
     with pytest.raises(ProxyError) as caught:
-        targets(config.routes[0], api, Balance(), lambda _: True)
+        speaking(config.routes[0], api)
     error = caught.value
     assert (error.status, error.code, error.param) == (400, "unsupported_parameter", "model")
+
+
+SIX = """
+upstreams: {a: {url: "http://127.0.0.1:1/v1", apis: [chat]}, b: {url: "http://127.0.0.1:2/v1", \
+  apis: [chat]}, c: {url: "http://127.0.0.1:3/v1", apis: [chat]}}
+routes:
+  - model: m
+    upstreams:
+      - {name: a}
+      - {name: b, tier: 2}
+      - {name: c, tier: 2}
+      - {name: a, model: other, tier: 2}
+"""
+
+
+def names(order: Order) -> str:
+    """Return the upstreams in the order of trying."""
+    return "".join(target.name for target in order.targets)
+
+
+def order(balance: Balance, prefer: str | None = None) -> Order:
+    """Return a request's targets."""
+    return Order(balance, ORDERED, prefer)
+
+
+ORDERED = load(SIX).routes[0].targets
+
+
+def test_a_tier_has_its_turn_once_for_a_request() -> None:
+    """However often a request comes back to a tier, its order there stays, and is one turn."""
+    balance = Balance()
+    one = order(balance)
+    assert [one.reach(at).name for at in (0, 1, 1, 2, 3, 1)] == list("abbcab")
+    two = order(balance)
+    assert [two.reach(at).name for at in (1, 2)] == ["c", "a"]
+
+
+def test_those_that_are_not_ready_have_no_turn() -> None:
+    """Who is not ready when a request comes to its tier keeps its place, and gains nothing."""
+    balance = Balance()
+    for first in "bcbc":
+        one = order(balance)
+        assert one.reach(1, lambda at: at != 3).name == first
+        assert names(one)[3] == "a"
+    assert [order(balance).reach(1).name for _ in range(3)] == ["b", "c", "a"]
+
+
+def test_a_preferred_target_has_no_turn() -> None:
+    """It comes first with all its models, and takes no turn; those behind it have theirs."""
+    balance = Balance()
+    for _ in range(2):
+        one = order(balance, "a")
+        assert names(one) == "aabc"
+        assert [one.reach(at).name for at in (0, 1)] == ["a", "a"]
+    assert order(balance, "a").reach(2).name == "b"
+    assert order(balance, "a").reach(2).name == "c"
+    assert order(balance, "z").reach(0).name == "a"
+
+
+def test_what_was_given_back_is_the_next_ones() -> None:
+    """The turns of a request that asked nobody are as never taken, also if it says so twice."""
+    balance = Balance()
+    one = order(balance)
+    one.reach(1)
+    one.give_back()
+    one.give_back()
+    assert [order(balance).reach(1).name for _ in range(3)] == ["b", "c", "a"]

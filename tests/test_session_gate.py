@@ -20,6 +20,21 @@ def gate() -> SessionGate:
     return SessionGate(Sessions(), metrics=Mock(), log=Mock())
 
 
+def test_its_bounds_are_the_configured_ones_from_the_beginning() -> None:
+    """What is kept before the first reload is bounded by what the daemon began with."""
+    bounds = Sessions(max_turns=7)
+    gate = SessionGate(bounds, metrics=Mock(), log=Mock())
+    assert gate.bounds is bounds
+    assert gate._store._max_bytes == bounds.max_bytes  # type: ignore[attr-defined] # in memory
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+def test_metrics_name_the_kind_of_the_store(kind: str) -> None:
+    """Not where it is."""
+    config = Sessions.model_validate({"store": "sqlite:/x.db" if kind == "sqlite" else "memory:"})
+    assert SessionGate(config, metrics=Mock(), log=Mock()).name == kind
+
+
 async def test_l3_what_is_due_goes_on_after_a_fault(
     gate: SessionGate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,12 +120,27 @@ async def test_l11_a_failure_in_doubt_is_away(gate: SessionGate, store: Store, h
         assert not away(gate)
         gate._told("check", StoreError("database is locked"))
     assert away(gate)
+    log: Mock = gate._log  # type: ignore[assignment]
+    assert [call.args for call in log.warning.call_args_list] == [("sessions failed",)]
+    assert [call.args for call in log.error.call_args_list] == [("sessions not available",)]
     with pytest.raises(ProxyError):
         await gate.ready()
     store.fails = False
     gate._told("check", None)
     assert not away(gate)
     await gate.ready()
+
+
+async def test_l11_a_failure_in_the_moment_of_the_first(
+    gate: SessionGate, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What began when the store was in doubt counts, however coarse the clock is."""
+    monkeypatch.setattr("aiproxy.session_gate.time.monotonic", lambda: 5.0)
+    store.fails = True
+    assert await put(gate) == 503
+    assert not away(gate)
+    assert await put(gate) == 503
+    assert away(gate)
 
 
 async def test_l11_a_read_is_no_proof(gate: SessionGate, store: Store) -> None:

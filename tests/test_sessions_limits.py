@@ -3,9 +3,11 @@
 import asyncio
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from aiproxy.conversation import Conversation
 from answers import Usage
 from client import Answer
 from invariants import check_invariants, eventually
@@ -380,3 +382,33 @@ async def test_a_history_is_in_memory_twice(
     for _ in range(3):
         await turn(proxy, "more", small["id"])
     await check_invariants(proxy, upstream)
+
+
+@pytest.mark.parametrize(("known", "tokens"), [(5, 47), (None, 142)])
+def test_items_that_are_referred_to_count_beside_what_it_goes_on_from(
+    known: int | None, tokens: int
+) -> None:
+    """What the last turn used where that is known, else its size; and each item's own weight."""
+    conversation = Conversation(Mock(), Mock(), Mock())
+    conversation.parent = Mock(tokens=known, size=100)
+    items = [Mock(weight=40), Mock(weight=2)]
+    conversation._referred = Mock(found={"a": items[0]}, all=lambda: items)
+    assert conversation.tokens(lambda size: size.text) == tokens
+
+
+@pytest.mark.parametrize(
+    ("theirs", "estimated", "output", "tokens"),
+    [(True, 10, 0, 10), (True, 10, 400, 110), (True, None, 400, None), (False, 10, 400, None)],
+)
+def test_what_a_turn_without_usage_has_used(
+    theirs: bool,  # noqa: FBT001
+    estimated: int | None,
+    output: int,
+    tokens: int | None,
+) -> None:
+    """It is estimated where its content is not kept here; else that tells when it is needed."""
+    call = Mock(estimate=None if estimated is None else Mock(input=estimated))
+    conversation = Conversation(Mock(), call, Mock())
+    conversation._theirs = theirs
+    assert conversation._spent(None, output) == tokens
+    assert conversation._spent(Mock(total=3), output) == 3

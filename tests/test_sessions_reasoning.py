@@ -80,6 +80,23 @@ async def test_a_target_that_does_not_reason_is_remembered(
     assert heard(upstream.requests[-1])[::2] == ["one", "two"]
 
 
+async def test_another_model_there_is_asked_for_it(
+    serve: Serve, upstream: ScriptedUpstream
+) -> None:
+    """It is the model that is remembered, as it is sent, not its upstream."""
+    routes = [
+        {"model": "gpt-test", "upstreams": ["scripted"]},
+        {"model": "gpt-other", "upstreams": ["scripted"]},
+        {"model": "gpt-third", "upstreams": [{"name": "scripted", "model": "gpt-test"}]},
+    ]
+    proxy = await serve(routes=routes)
+    upstream.script(refused())
+    await turn(proxy)
+    for model, expected in (("gpt-test", []), ("gpt-other", [ENCRYPTED]), ("gpt-third", [])):
+        await turn(proxy, model=model)
+        assert included(upstream.requests[-1]) == expected
+
+
 async def test_it_is_asked_once_more_and_no_more(proxy: Proxy, upstream: ScriptedUpstream) -> None:
     """When it fails without it as well, the client is told what the upstream said."""
     for _ in range(2):

@@ -4,8 +4,10 @@ import asyncio
 import fcntl
 import os
 import sqlite3
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -14,6 +16,7 @@ from aiproxy.stores import sqlite_file
 from aiproxy.stores.sqlite_book import Book, Bounds
 from aiproxy.stores.sqlite_file import SessionFile
 from aiproxy.stores.sqlite_reader import Reader
+from aiproxy.stores.sqlite_readers import Readers
 from turns import (
     ALICE,
     BOB,
@@ -186,6 +189,19 @@ async def test_a_reader_elsewhere_keeps_no_turn_from_being_put(file: Path) -> No
         assert await here.results("b", "c", "d") == ["hit"] * 3
         await here.tend(times=2)
         assert b"a of alice asks" not in b"".join(files_of(file).values())
+
+
+async def test_a_turn_without_content_is_deleted_whoever_reads(file: Path) -> None:
+    """There is nothing of it to erase: nobody waits for the log, nor is told of it."""
+    async with opened(file) as store:
+        here = World(store, Clock())
+        head = await here.put("a", held=False)
+        with database(file) as other:
+            other.execute("BEGIN")
+            assert other.execute("SELECT count(*) FROM turns").fetchone() == (1,)
+            assert await store.delete(head)
+            other.execute("ROLLBACK")
+        assert await here.result("a") == "missing"
 
 
 async def test_a_log_that_cannot_be_emptied_fails_nobody(
@@ -398,6 +414,92 @@ def test_l5_what_was_emptied_is_known_after_a_rollback(file: Path) -> None:
     changing(book, book.tend)
     assert connection.execute("SELECT count(*) FROM conversations").fetchone() == (0,)
     connection.close()
+
+
+def test_the_log_of_a_crash_is_emptied(file: Path) -> None:
+    """A deletion may have been left in the log: it is emptied once nothing else is due."""
+    connection = SessionFile(file, patience=1).open()
+    book = Book(connection, Bounds(0, PLENTY), Pins(), patience=1, read=Clock())
+    changing(book, book.tend)
+    assert book.deleted
+    book.truncate()
+    book.deleted = False
+    changing(book, book.tend)
+    assert not book.deleted
+    connection.close()
+
+
+def test_who_reads_cannot_write(file: Path) -> None:
+    """Only the thread that writes changes the file, whatever a reader is told to do."""
+    kept = SessionFile(file, patience=1)
+    kept.open().close()
+    reader = Reader(kept.connect(), Pins(), Clock())
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        reader._execute("DELETE FROM turns")
+    reader.close()
+
+
+async def test_what_is_used_last_is_renewed_at_the_end(file: Path) -> None:
+    """A conversation that was continued while another was being renewed does not expire early."""
+    clock = Clock()
+    async with opened(file, clock) as store:
+        here = World(store, clock)
+        heads = [await here.put("a"), await here.put("b", BOB)]
+        clock.now += TTL
+        for head in heads:
+            store._renew([head.root])
+        assert store._used == {heads[1].root}
+    with database(file) as other:
+        rows = other.execute("SELECT used FROM conversations").fetchall()
+    assert rows == [(clock.now,), (clock.now,)]
+
+
+async def test_no_thread_of_the_store_keeps_the_process(file: Path) -> None:
+    """A disk that hangs is not waited for at the exit: all its threads are daemons."""
+    async with opened(file):
+        threads = [each for each in threading.enumerate() if each.name.startswith("sessions")]
+        assert len(threads) == 3
+        assert all(each.daemon for each in threads)
+
+
+@pytest.mark.parametrize("writes", [True, False])
+@pytest.mark.parametrize("reads", [True, False])
+async def test_what_hangs_keeps_the_file_open(
+    file: Path,
+    writes: bool,  # noqa: FBT001
+    reads: bool,  # noqa: FBT001
+) -> None:
+    """A connection is not closed under a thread that hangs, be it one that reads."""
+    async with opened(file) as store:
+        real = store._writer, store._readers, store._connection, store._book
+        store._writer = Mock(close=Mock(return_value=not writes))
+        store._readers = Mock(close=Mock(return_value=not reads))
+        store._connection = connection = Mock()
+        store._close()
+        assert connection.close.called is not (writes or reads)
+        store._writer, store._readers, store._connection, store._book = real
+
+
+async def test_readers_that_hang_share_one_patience(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many threads hang in a read, the end waits for them no longer than it is told to."""
+    now, waits = 0.0, []
+
+    class Hangs:
+        def join(self, seconds: float) -> None:
+            nonlocal now
+            waits.append(seconds)
+            now += seconds
+
+        def is_alive(self) -> bool:
+            return True
+
+    readers = Readers(Mock(), 0)
+    readers._threads = [Hangs(), Hangs(), Hangs()]  # type: ignore[list-item]
+    monkeypatch.setattr("aiproxy.stores.sqlite_readers.time.monotonic", lambda: now)
+    assert not readers.close(2.0)
+    assert waits == [2.0, 0.0, 0.0]
 
 
 # Large content

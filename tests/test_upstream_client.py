@@ -8,12 +8,18 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import Mock
 
 import brotli  # type: ignore[import-untyped] # it has no stubs
 import pytest
 
+from aiproxy.breaker import Breaker
 from aiproxy.coding import Decoder
-from aiproxy.upstream import ANTHROPIC_VERSION, MAX_ANSWER, MAX_PIECE, Client
+from aiproxy.errors import ProxyError
+from aiproxy.standing import Standing
+from aiproxy.upstream import ANTHROPIC_VERSION, MAX_ANSWER, MAX_PIECE, Ask, Client
+from aiproxy.upstream_answer import Head
+from aiproxy.upstream_errors import asked_for
 from faults import PATHS, Serve, asked, check_error, events_of, json_of, results_of
 from rig import ABSENT, CREDENTIAL, config_text, load
 from steps import SSE_HEADERS, Step
@@ -23,6 +29,43 @@ if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
+
+# What a refusal asks for
+
+
+@pytest.mark.parametrize(
+    ("fields", "seconds"),
+    [
+        ({}, 0.0),
+        ({"retry-after": "7"}, 7.0),
+        ({"retry-after": "0.5"}, 0.5),
+        ({"retry-after-ms": "1500", "retry-after": "7"}, 1.5),
+        ({"retry-after-ms": "0", "retry-after": "7"}, 0.0),
+        ({"retry-after-ms": "-1", "retry-after": "7"}, 7.0),
+        ({"retry-after-ms": "inf", "retry-after": "7"}, 7.0),
+        ({"retry-after-ms": "nan", "retry-after": "7"}, 7.0),
+        ({"retry-after-ms": "soon", "retry-after": "7"}, 7.0),
+        ({"retry-after": "Fri, 31 Dec 1999 23:59:59 GMT"}, 0.0),
+        ({"retry-after": "123456789012345"}, 123456789012.0),
+    ],
+)
+def test_how_long_an_upstream_asks_to_be_left_alone(fields: dict[str, str], seconds: float) -> None:
+    """Its milliseconds count before its seconds; what is no number of them is passed over."""
+    assert asked_for(Head(503, list(fields.items()), fields).get) == seconds
+
+
+async def test_an_upstream_that_takes_none_is_not_asked() -> None:
+    """Who finds it full when the body is ready goes away: nothing was sent, nothing is held."""
+    standing = Standing(Breaker(1, 5.0, 5.0, lambda *_: None), 0)
+    made = client()
+    made.pool = Mock()
+    exchange = Mock(results=[])
+    ask = Ask(made, standing, exchange, Mock(), shape="openai")
+    with pytest.raises(ProxyError) as raised:
+        await ask.send(b"", b"")
+    assert (raised.value.status, ask.sent, ask.acted, ask.result) == (503, False, False, None)
+    assert (standing.in_flight, exchange.results, made.pool.mock_calls) == (0, [], [])
+
 
 # Heads
 

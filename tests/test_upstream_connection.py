@@ -68,6 +68,17 @@ def test_a_large_body_is_sent_once_the_kernel_has_it() -> None:
     assert calls == [0]
 
 
+@pytest.mark.parametrize("size", [JOINED + 1, 64 * 1024, 64 * 1024 + 1, 200_000])
+def test_with_tls_a_large_body_goes_out_in_slices(size: int) -> None:
+    """Of 64 KiB: TLS takes all that one write gives it, and hides how much of that waits."""
+    wire = Wire()
+    wire.get_extra_info = lambda name, default=None: name == "sslcontext"  # type: ignore[method-assign]
+    body = bytes(range(256)) * (size // 256) + b"b" * (size % 256)
+    wire.connection.send(b"head\r\n\r\n", body, lambda: None)
+    assert b"".join(wire.written) == b"head\r\n\r\n" + body
+    assert [len(each) for each in wire.written[1:-1]] == [64 * 1024] * ((size - 1) // (64 * 1024))
+
+
 def test_a_body_that_the_kernel_takes_at_once_is_sent_at_once() -> None:
     """`send` says so where nothing waits, and calls nobody later."""
     wire = Wire()

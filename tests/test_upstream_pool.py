@@ -131,6 +131,8 @@ async def test_what_is_used_again_is_not_old(pool: Pool) -> None:
     pool._sweep()
     assert pool.count() == (1, 1)
     assert asyncio.get_running_loop().time() - pool._idle[0][1] < LONG / 2
+    due = pool._sweeper.when() - pool._idle[0][1]
+    assert due == pytest.approx(LONG, abs=0.01)  # the loop counts milliseconds
 
 
 async def test_what_is_too_old_is_not_given_out(pool: Pool, upstream: ScriptedUpstream) -> None:
@@ -174,6 +176,20 @@ async def test_without_keep_none_is_kept(upstream: ScriptedUpstream) -> None:
     pool.release(await ask(pool))
     assert not pool._idle
     await gone(upstream.requests[0])
+
+
+async def test_what_comes_back_after_a_reload_is_closed(
+    pool: Pool, upstream: ScriptedUpstream
+) -> None:
+    """A pool that is no more in use closes what is unused, and what comes back to it."""
+    unused, used = await ask(pool), await ask(pool)
+    pool.release(unused)
+    pool.retire()
+    await gone(upstream.requests[0])
+    was_closed = used.closed
+    pool.release(used)
+    assert (was_closed, used.closed) == (False, True)
+    assert (list(pool._idle), pool._sweeper) == ([], None)
 
 
 async def test_what_is_not_clean_is_not_kept(pool: Pool, upstream: ScriptedUpstream) -> None:
@@ -365,6 +381,19 @@ async def test_who_waits_at_the_end_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     await asyncio.sleep(0)
     pool.close()
     with pytest.raises(Failure):
+        await waiting
+
+
+async def test_who_is_cancelled_at_the_end_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancellation of the asker stays one, though the look-up was given up, too."""
+    Resolver(monkeypatch).gate.clear()
+    addresses = Addresses(NAME, 1)
+    waiting = asyncio.ensure_future(addresses.get())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    addresses.close()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
         await waiting
 
 

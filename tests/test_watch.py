@@ -268,6 +268,7 @@ async def test_no_heartbeat_after_the_end() -> None:
     r.clock.after(100)
     assert beats == []
     assert all(timer.cancelled for timer in r.clock.timers)
+    assert (r.watch._beat, r.watch._scope) == (None, None)  # else a cycle to collect per request
 
 
 # A slow client
