@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from aiproxy import errors
 from aiproxy.aside import aside
+from aiproxy.dialects import members_of, value_of
 from aiproxy.dialects.spoken import Way, rename, spoken
 from aiproxy.errors import ProxyError
 from aiproxy.relay import Relay
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from aiproxy.dialects import Answer, Asked, Dialect
     from aiproxy.envelope import Envelope
     from aiproxy.errors import Outcome
+    from aiproxy.routes import Order
     from aiproxy.standing import Standings
 
 BACKOFF, MOST_BACKOFF = 0.1, 2.0  # seconds; doubled each time, and drawn from 0 on (full jitter)
@@ -56,7 +58,7 @@ class Attempts:
         dialect: the client's.
         asked: what it asks for; each attempt has a copy of its own.
         envelope: its body; each attempt has a copy of its own.
-        targets: of the route, in the order of trying.
+        order: the targets of the route, in the order of trying.
         standings: how the upstreams are doing.
     """
 
@@ -67,7 +69,7 @@ class Attempts:
         dialect: Dialect,
         asked: Asked,
         envelope: Envelope,
-        targets: list[Target],
+        order: Order,
         standings: Standings,
     ) -> None:
         self._call = call
@@ -75,7 +77,7 @@ class Attempts:
         self._dialect = dialect
         self._asked = asked
         self._envelope: Envelope | None = envelope
-        self._targets = targets
+        self._order = order
         self._standings = standings
         self._left = call.snapshot.config.retries
         self._rounds = 0
@@ -91,7 +93,8 @@ class Attempts:
         """
         first: ProxyError | None = None
         exchange = self._call.exchange
-        for position, target in enumerate(self._targets):
+        while self._order.targets:
+            target = self._order.reach(0)
             way = self._way(target)
             exchange.upstream = exchange.upstream or target.upstream.name
             try:
@@ -102,8 +105,8 @@ class Attempts:
                 await aside(work, envelope.size)
             except ProxyError as error:
                 first = first or error
+                self._order.leave_out()
                 continue
-            self._targets = self._targets[position:]
             exchange.upstream = target.upstream.name
             return way.asked
         raise first or errors.upstream_unavailable(0.0)
@@ -114,14 +117,16 @@ class Attempts:
         last: _Again | None = None
         while True:
             try:
-                return await self._attempt(self._targets[position])
+                return await self._attempt(self._order.targets[position])
             except _Again as again:
                 last = again
-            except ProxyError:
-                if last is None or self._ask is not None:
+            except ProxyError as error:
+                if self._ask is not None and self._ask.sent:
+                    raise
+                if last is None and error.code != "unsupported_parameter":
                     raise
                 # This one cannot even be asked for it: what the one before has said stands.
-                last = _Again(last.error, sent=False, retry_after=last.retry_after)
+                last = _Again(error if last is None else last.error, sent=False, retry_after=0.0)
             self._left -= last.sent
             following = self._following(position, last)
             if following is None:
@@ -129,7 +134,7 @@ class Attempts:
             position, wait = following
             if wait:
                 self._call.watch.enter("none", 0)
-                await asyncio.sleep(wait)
+                await _no_less(wait)
 
     def _following(self, position: int, again: _Again) -> tuple[int, float] | None:
         """Who is tried next, and after how many seconds; None: nobody."""
@@ -140,17 +145,19 @@ class Attempts:
             self._not_before[position] = now + again.retry_after
         waits = [
             max(self._standings.of(each.upstream).wait(now), self._not_before.get(at, now) - now)
-            for at, each in enumerate(self._targets)
+            for at, each in enumerate(self._order.targets)
         ]
-        for ahead in range(position + 1, len(self._targets)):
+        for ahead in range(position + 1, len(waits)):
             if waits[ahead] == 0.0:
+                self._order.reach(ahead, lambda at: waits[at] == 0.0)
                 return ahead, 0.0
-        # All were tried: once more from the first on, after a while.
-        ready = [at for at in range(len(self._targets)) if waits[at] <= MOST_WAIT]
-        if not ready:
+        # All were tried: once more from the first on, after a while; not for ever, though those
+        # that are full cost no attempt.
+        ready = [at for at, wait in enumerate(waits) if wait <= MOST_WAIT]
+        if not ready or self._rounds >= self._call.snapshot.config.retries:
             return None
         best = min(ready, key=lambda at: waits[at])
-        if best == position and not again.sent:
+        if not again.sent and (best == position or not self._call.exchange.attempts):
             return None  # it is full, and will be
         most = min(MOST_BACKOFF, BACKOFF * 2.0**self._rounds)
         self._rounds += 1
@@ -171,7 +178,6 @@ class Attempts:
     async def _attempt(self, target: Target) -> Outcome:
         call = self._call
         way = self._way(target)
-        call.begin_attempt(way)
         self._ask = self._relay = None
         try:
             envelope = await self._prepared(way)
@@ -183,8 +189,6 @@ class Attempts:
                 if way.asked.stream:
                     return await self._relay_stream(answer, way)
                 return await self._relay_json(answer, way)
-        except Late as late:
-            failed = self._judged(self._late(late))
         except ProxyError as error:
             failed = self._judged(error)
         if not isinstance(failed, _Again):
@@ -206,7 +210,7 @@ class Attempts:
         work = partial(way.spoken.adapt, envelope, way.asked, self._route)
         await aside(work, envelope.size)
         rename(way, envelope)
-        if way.asked.stream:
+        if way.asked.stream and call.stream is None:  # a heartbeat is owed an end, too
             call.stream = way.spoken.stream(way.asked)
             call.watch.heartbeat(call.snapshot.config.streams.keepalive, call.beat)
         if call.conversation is not None:
@@ -217,7 +221,7 @@ class Attempts:
         call, upstream = self._call, way.target.upstream
         client, standing = call.snapshot.clients[upstream.name], self._standings.of(upstream)
         self._ask = Ask(client, standing, call.exchange, call.watch, shape=call.shape)
-        return await send(call, way, envelope, self._ask)
+        return await send(call, way, envelope, self._ask, again=self._route.retry_unsafe)
 
     async def _send(self, way: Way, envelope: Envelope) -> Ask:
         """Send the request; once more where it was refused for what we have added."""
@@ -231,11 +235,6 @@ class Attempts:
         ask = await self._send_once(way, envelope)
         conversation.refused_for_reasoning()
         return ask
-
-    def _late(self, late: Late) -> ProxyError:
-        if late.phase == "connect":
-            return errors.upstream_error("The upstream could not be connected to in time.")
-        return errors.upstream_timeout(late.phase, again=self._route.retry_unsafe)
 
     @property
     def _more(self) -> bool:
@@ -281,9 +280,10 @@ class Attempts:
         return call.answer.outcome
 
     async def _relay_stream(self, answer: Ask, way: Way) -> Outcome:
-        call, stream = self._call, self._call.stream
-        if stream is None or answer.media_type != "text/event-stream":
+        call = self._call
+        if answer.media_type != "text/event-stream":
             raise answer.not_an_answer("The upstream's answer is not a stream of events.")
+        stream = call.stream = way.spoken.stream(way.asked)
         call.exchange.answered = time.monotonic()
         held = self._settle if self._more else None
         if held is None and not call.reply.started:
@@ -295,13 +295,33 @@ class Attempts:
         return stream.outcome
 
 
+async def _no_less(seconds: float) -> None:
+    """Sleep so long: the timers of the event loop are of whole milliseconds, and may be early."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0.0:  # noqa: ASYNC110 - time alone is waited for
+        await asyncio.sleep(left)
+
+
 def _made(answer: Answer) -> bool:
     """Whether there is any output, which would be paid for."""
-    return answer.usage is not None and answer.usage.total_output > 0
+    if answer.usage is not None and answer.usage.total_output > 0:
+        return True
+    return bool(value_of((members_of(answer.body) or {}).get("output")))
 
 
-async def send(call: Call, way: Way, envelope: Envelope, ask: Ask) -> Ask:
-    """Send a request to its target."""
+async def send(call: Call, way: Way, envelope: Envelope, ask: Ask, *, again: bool = False) -> Ask:
+    """Send a request to its target.
+
+    Args:
+        call: the request.
+        way: to the target.
+        envelope: what is sent.
+        ask: the attempt.
+        again: whether the client may try again after a silence.
+
+    Raises:
+        ProxyError: no answer, or a refusal.
+    """
     asked, target, dialect = way
     client = call.snapshot.clients[target.upstream.name]
     recalled = 0 if call.conversation is None else call.conversation.recalled
@@ -309,6 +329,7 @@ async def send(call: Call, way: Way, envelope: Envelope, ask: Ask) -> Ask:
         partial(dialect.encode, envelope, asked, target.upstream),
         envelope.size + recalled if dialect.translates else 0,
     )
+    call.begin_attempt(way)  # not before: one that cannot be asked for it says nothing
     beta = call.request.query.get("beta") if call.shape == "anthropic" else None
     head = client.request_head(
         dialect.api,
@@ -317,4 +338,9 @@ async def send(call: Call, way: Way, envelope: Envelope, ask: Ask) -> Ask:
         request_id=call.exchange.request_id,
         size=len(body),
     )
-    return await call.watch.attempt(ask.send(head, body))
+    try:
+        return await call.watch.attempt(ask.send(head, body))
+    except Late as late:
+        if ask.result == "connect":
+            raise errors.upstream_error("The upstream could not be connected to in time.") from None
+        raise errors.upstream_timeout(late.phase, again=again) from None

@@ -40,16 +40,23 @@ class Buffered:
 class Hold:
     """One request's share of `Buffered`; given back once, whatever happens."""
 
-    __slots__ = ("_buffered", "size")
+    __slots__ = ("_brought", "_buffered", "size")
 
     def __init__(self, buffered: Buffered) -> None:
         self._buffered = buffered
+        self._brought = 0
         self.size = 0
 
     def take(self, size: int) -> None:
         """See `Buffered.take`."""
         self._buffered.take(size)
         self.size += size
+
+    def bring(self, size: int) -> None:
+        """See `Buffered.take`; of what each attempt brings in anew the most counts."""
+        if size > self._brought:
+            self.take(size - self._brought)
+            self._brought = size
 
     def release(self, but: int = 0) -> None:
         """Give all of it back, but for these bytes."""

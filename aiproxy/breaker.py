@@ -83,12 +83,12 @@ class Breaker:
             self._become("closed")
 
     def failed(self, now: float, retry_after: float = 0.0, *, probe: bool = False) -> None:
-        """It has not, or said that it cannot; `retry_after`: seconds, as it asks for."""
+        """It has not, or said that it cannot; `retry_after`: seconds, as it asks for.
+
+        One that began before it was left alone doubles nothing, however late it fails.
+        """
         self._row += 1
-        if self.state == "half-open":
-            if probe:
-                self._open(now, retry_after, "failures")
-        elif self._row >= self._failures:
+        if probe if self.state == "half-open" else self._row >= self._failures:
             self._open(now, retry_after, "failures")
 
     def refused(self, now: float) -> None:
@@ -102,7 +102,7 @@ class Breaker:
             self._become("open", "failures")
 
     def _open(self, now: float, retry_after: float, reason: Reason) -> None:
-        if self.state == "open" and now < self._until:
+        if self.state == "open":
             # Others that were under way failed, too: nothing new, but what it asks for.
             self._until = max(self._until, now + min(retry_after, self._max_cooldown))
             return

@@ -97,9 +97,10 @@ class Call:
     def begin_attempt(self, way: Way) -> None:
         """Somebody is asked: from now on it is what they say that counts."""
         self.asked = way.asked
-        self.answer = self.stream = None
+        self.answer = None
         self.exchange.upstream = way.target.upstream.name
         self.exchange.answered = 0.0
+        self.exchange.upstream_request_id = ""
         self.watch.bound(way.target.upstream.timeouts.total)
 
     # -- answering

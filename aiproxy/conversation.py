@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import time
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from aiproxy.envelope import Envelope
     from aiproxy.errors import ProxyError
     from aiproxy.session_gate import SessionGate
-    from aiproxy.sessions import Delta, Head
+    from aiproxy.sessions import Delta, Found, Head
     from aiproxy.usage import Usage
 
 _ID = re.compile(r"[A-Za-z0-9._:~-]{1,256}", re.ASCII)  # of an upstream, fit for a path
@@ -108,17 +109,15 @@ class Conversation:
         return before + sum(each.size for each in self._referred.all())
 
     @property
-    def goes_on(self) -> bool:
-        """Whether it brings in anything that is stored."""
-        return self.parent is not None or bool(self._referred.found)
+    def named(self) -> Sequence[Head | Found]:
+        """What it goes on from: the items that it refers to, and last the turn before it."""
+        found = self._referred.found.values()
+        return list(found) if self.parent is None else [*found, self.parent]
 
     @property
-    def prefers(self) -> str | None:
-        """The upstream that made what it goes on from."""
-        if self.parent is not None:
-            return self.parent.upstream
-        found = list(self._referred.found.values())
-        return found[-1].upstream if found else None
+    def goes_on(self) -> bool:
+        """Whether it brings in anything that is stored."""
+        return bool(self.named)
 
     async def place(self, way: Way) -> None:
         """Take the target that the request goes to, and the dialect that it is spoken to.
@@ -127,7 +126,7 @@ class Conversation:
             ProxyError: it holds nothing of what the request goes on from, and cannot be given it.
         """
         asked, target, spoken = way
-        self._asked = asked
+        self._asked, self._included = asked, False  # an attempt before may have
         self._upstream = target.upstream.name
         self._sent_model = target.model or self._asked.model
         self._spoken = spoken
@@ -219,8 +218,7 @@ class Conversation:
         self._input = given
         if not self.goes_on:
             return
-        if not self._call.exchange.attempts:  # else the first one has taken it
-            self._call.hold.take(_COPIES * self.recalled)
+        self._call.hold.bring(_COPIES * self.recalled)
         path = await self._path()
         items = await self._referred.items()
         sent = await aside(lambda: self._assemble(path, given, items), self.recalled + len(given))
@@ -299,7 +297,7 @@ class Conversation:
     async def _with_known(self, given: bytes) -> bytes:
         """The input with the items that are held here in place of their references."""
         size = sum(each.size for each in self._referred.all(held=True))
-        self._call.hold.take(_COPIES * size)
+        self._call.hold.bring(_COPIES * size)
         known = await self._referred.items(held=True)
         names = self._referred.names
 
@@ -332,7 +330,8 @@ class Conversation:
 
     def asks_again(self, error: ProxyError, envelope: Envelope) -> bool:
         """Whether a refusal was for what we have added; then it is taken out of the request."""
-        refused = error.status == 400 and error.outcome == "upstream_rejected"  # noqa: PLR2004
+        bad = error.status == HTTPStatus.BAD_REQUEST
+        refused = bad and error.outcome == "upstream_rejected"
         if not (self._included and refused and (error.param or "").startswith("include")):
             return False
         self._included = False

@@ -39,19 +39,15 @@ class Counting:
         asked = call.asked = dialect.request(envelope)
         route = proxy.choose(call, asked, key)
         auth.permit(key, envelope)
+        await proxy.restrict(route, envelope)
         if not any(dialect.api in target.upstream.apis for target in route.targets):
             raise errors.unknown_url("POST", f"/v1{dialect.path}")
         conversation = None
         if dialect.api == "responses":
             conversation = call.conversation = Conversation(self._sessions, call, asked)
             await conversation.begin(envelope)
-        target = next(
-            each
-            for each in proxy.targets(call, route, dialect)
-            if dialect.api in each.upstream.apis
-        )
+        target = proxy.order(call, route, dialect, bridged=False).reach(0)
         way = Way(asked, target, dialect)
-        call.begin_attempt(way)
         if conversation is not None:
             await conversation.place(way)
         await proxy.admit(call)

@@ -17,6 +17,9 @@ import aiproxy
 from aiproxy.admin import Admin
 from aiproxy.app import App
 from aiproxy.config import ConfigError
+from aiproxy.descriptors import connections, raise_limit
+from aiproxy.drain import Drain
+from aiproxy.first import first
 from aiproxy.levels import LevelKeeper
 from aiproxy.listener import Handler, Listener, require_c_parser
 from aiproxy.logs import LibraryHandler, Log, standard_error
@@ -37,7 +40,7 @@ from aiproxy.systemd import Notifier, inherited_sockets
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Coroutine, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from structlog.typing import FilteringBoundLogger
@@ -50,9 +53,6 @@ SWITCH_INTERVAL = 0.001  # seconds: a scrape in a thread may keep the event loop
 # A request makes a few hundred objects, nearly all freed by reference counting: with Python's own
 # thresholds the collector runs every few requests to find nothing.
 GC_THRESHOLDS = (10_000, 20, 20)
-SENT_PERIOD = 0.02  # seconds between looks at what slow clients have not taken yet
-LAST_BYTES = 0.5  # seconds for clients that are behind to take their terminal event
-LAST_WORDS = 5.0  # seconds for what was cut to send its terminal event
 
 
 class Daemon:
@@ -67,6 +67,7 @@ class Daemon:
         sockets: listening sockets that systemd passed, by name; `http` takes the place of `listen`.
         notifier: tells systemd how it goes.
         state: the state directory, if there is one.
+        descriptors: how many this process may have; None: enough.
         log_stream: instead of standard error.
 
     Attributes:
@@ -82,6 +83,7 @@ class Daemon:
         sockets: Mapping[str, Sequence[socket.socket]] | None = None,
         notifier: Notifier | None = None,
         state: Path | None = None,
+        descriptors: int | None = None,
         log_stream: Stream | None = None,
     ) -> None:
         require_c_parser()
@@ -93,6 +95,8 @@ class Daemon:
         self._metrics.watch_log(self._log.dropped)
         self._notifier = notifier or Notifier({})
         self._sockets = dict(sockets or {})
+        self._descriptors = descriptors
+        self._lowered = (0, 0)  # connections, from and to, as the log says
         self._snapshot = Snapshot(config)
         self._limits = MemoryLimits()
         self._metrics.watch_limits(partial(self._limits.levels, "keys"))
@@ -121,7 +125,6 @@ class Daemon:
         self.operators: Entrance  # stays open through the drain
         self._pulse = Pulse(self._metrics, self._notifier)
         self._ended = False
-        self._hurry = asyncio.Event()  # binds to no loop before it is awaited
 
     async def start(self) -> None:
         """Listen.
@@ -133,6 +136,7 @@ class Daemon:
         """
         config, proxy = self._snapshot.config, self._proxy
         self._sessions.open()
+        self._bound = self._bounds(config)
         listener = self._listener(App(proxy, self._sessions), proxy)
         status = Status(
             proxy=proxy,
@@ -153,6 +157,7 @@ class Daemon:
             log=self.log,
         )
         self.clients, self.operators = Entrance(listener), Entrance(self._listener(admin, admin))
+        self._drain = Drain(proxy, self.clients, self._notifier, self.log)
         self._levels.restore()
         self._reloader.begin(self._snapshot)
         try:
@@ -184,8 +189,29 @@ class Daemon:
         self._proxy.put(snapshot)
         config = snapshot.config
         self._log.configure(level=config.log.level, fmt=self._log_format(config))
+        self._bound = self._bounds(config)
         for entrance in (self.clients, self.operators):
-            entrance.listener.bound(**_bounds(config))
+            entrance.listener.bound(**self._bound)
+
+    def _bounds(self, config: Config) -> dict[str, Any]:
+        """What a listener takes from a configuration."""
+        most = config.max_connections
+        if self._descriptors is not None:
+            most = connections(most, self._descriptors)
+        if self._lowered != (lowered := (config.max_connections, most)) and lowered[0] > most:
+            self._lowered = lowered
+            self.log.warning(
+                "max_connections lowered",
+                configured=config.max_connections,
+                connections=most,
+                reason=f"this process may have {self._descriptors} file descriptors (LimitNOFILE)",
+            )
+        return {
+            "max_connections": most,
+            "client_header": config.timeouts.client_header,
+            "client_write": config.timeouts.client_write,
+            "keepalive": config.client_keepalive,
+        }
 
     def _log_format(self, config: Config) -> str:
         fmt = config.log.format
@@ -214,8 +240,7 @@ class Daemon:
         self._log.close()
 
     def _listener(self, handler: Handler, refusing: Proxy | Admin) -> Listener:
-        bounds = _bounds(self._snapshot.config)
-        return Listener(handler, refusing.refuse, refusing.turn_away, **bounds)
+        return Listener(handler, refusing.refuse, refusing.turn_away, **self._bound)
 
     async def _open_sockets(self, config: Config) -> None:
         unknown = ", ".join(repr(name) for name in self._sockets if name != "http")
@@ -228,69 +253,21 @@ class Daemon:
     # -- the end
 
     async def drain(self) -> None:
-        """End as SIGTERM does.
-
-        Serve for `drain.delay`, stop accepting, let requests finish until `drain.timeout`, then cut
-        them with a terminal event.
-        """
+        """End as SIGTERM does: see `Drain`; then close everything."""
         if self._ended:
             return
         self._ended = True
-        config, proxy = self._snapshot.config.drain, self._proxy
-        before = set(proxy.live)
-        proxy.drain()
-        self._notifier.stopping(f"Draining {len(before)} requests")
-        self.log.info("draining", in_flight=len(before))
-        await self._first(self._hurry.wait(), deadline=self._now() + config.delay)
-        before |= proxy.live
-        proxy.refusing = True
-        await self.clients.stop()
-        deadline = self._now() + (config.timeout or float("inf"))
-        await self._until_idle(deadline)
-        await self._until_sent(deadline)
-        cut = set(proxy.live)
-        for call in cut:
-            call.watch.interrupt("shutting_down")
-        self._hurry.clear()
-        await self._until_idle(self._now() + LAST_WORDS)
-        await self._until_sent(self._now() + LAST_BYTES)
-        self.log.info("drained %d, cut %d", len(before - cut), len(cut))
+        await self._drain.run(self._snapshot.config.drain)
         await self._close()
-
-    async def _until_idle(self, deadline: float) -> None:
-        """Until no request is in flight, or `deadline`, or a second signal."""
-        if self._proxy.live:
-            self._proxy.idle.clear()
-            await self._first(self._hurry.wait(), self._proxy.idle.wait(), deadline=deadline)
-
-    async def _until_sent(self, deadline: float) -> None:
-        """Answers that are complete may still wait for slow clients to take their last bytes."""
-        while (
-            self.clients.listener.unsent() and self._now() < deadline and not self._hurry.is_set()
-        ):
-            await self._first(self._hurry.wait(), deadline=self._now() + SENT_PERIOD)
 
     def hurry(self) -> None:
         """The second signal: end at once, in order."""
-        self._hurry.set()
+        self._drain.hurry()
 
     async def stop(self) -> None:
         """End at once: what is in flight gets its terminal event."""
-        self._hurry.set()
+        self.hurry()
         await self.drain()
-
-    @staticmethod
-    def _now() -> float:
-        return asyncio.get_running_loop().time()
-
-    async def _first(self, *waits: Coroutine[object, object, object], deadline: float) -> None:
-        """Until one of these, or `deadline` on the loop's clock."""
-        timeout = None if deadline == float("inf") else max(0.0, deadline - self._now())
-        tasks = [asyncio.ensure_future(wait) for wait in waits]
-        await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _close(self) -> None:
         await self._reloader.settle()
@@ -327,7 +304,7 @@ class Daemon:
         gc.freeze()  # what is there now stays: it need not be looked at again
         gc.set_threshold(*GC_THRESHOLDS)
         while not asked_to_end.is_set():
-            await self._first(asked_to_end.wait(), asked_to_reload.wait(), deadline=float("inf"))
+            await first(asked_to_end.wait(), asked_to_reload.wait())
             if asked_to_reload.is_set() and not asked_to_end.is_set():
                 asked_to_reload.clear()
                 await self.reload()
@@ -335,16 +312,6 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(number)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # by default it would end what has drained
-
-
-def _bounds(config: Config) -> dict[str, Any]:
-    """What a listener takes from a configuration."""
-    return {
-        "max_connections": config.max_connections,
-        "client_header": config.timeouts.client_header,
-        "client_write": config.timeouts.client_write,
-        "keepalive": config.client_keepalive,
-    }
 
 
 def serve(path: str, source: Source, loaded: Loaded) -> int:
@@ -372,6 +339,7 @@ def serve(path: str, source: Source, loaded: Loaded) -> int:
         sockets=sockets,
         notifier=notifier,
         state=state_directory(os.environ),
+        descriptors=raise_limit(),
     )
     logging.getLogger().addHandler(daemon.library_handler())
     for warning in loaded.warnings:

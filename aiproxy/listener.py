@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import socket
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from aiohttp import http_parser, web
 from aiohttp.http import HttpRequestParser, HttpVersion10, HttpVersion11
@@ -41,6 +41,7 @@ SEND_BUFFER = 256 * 1024  # bytes in the kernel per client, so that a slow one s
 WRITE_HIGH = 64 * 1024  # bytes in the process per client before writing waits
 MAX_AHEAD = 64 * 1024  # bytes that a client may send behind the request in flight
 MAX_QUEUED = 8  # requests likewise
+LATE = web.RequestKey("late", bool)  # marks a request that comes after the time for it
 LINGER = 2.0  # seconds of reading on after an answer that came before the request's end
 
 # uri-host [ ":" port ] (RFC 9110 section 7.2, RFC 3986 section 3.2.2); empty is allowed.
@@ -63,6 +64,7 @@ def require_c_parser() -> None:
         )
 
 
+Serves = Literal["all", "first", "none"]  # requests that come from now on, or a connection's first
 Handler: TypeAlias = "Callable[[BaseRequest], Awaitable[Reply]]"
 
 
@@ -105,6 +107,7 @@ class Listener(web.Server):
             keepalive=keepalive,
         )
         self.count = 0
+        self.serves: Serves = "all"
 
     def bound(
         self, *, max_connections: int, client_header: float, client_write: float, keepalive: float
@@ -115,8 +118,26 @@ class Listener(web.Server):
         self.client_write = client_write
         self.keepalive = keepalive
 
-    def _request(self, message: RawRequestMessage, *rest: Any) -> BaseRequest:
-        return self._make_request(_UNPARSED if message is ERROR else message, *rest)
+    def _request(
+        self,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        protocol: RequestHandler,
+        *rest: Any,
+    ) -> BaseRequest:
+        parsed = _UNPARSED if message is ERROR else message
+        request = self._make_request(parsed, payload, protocol, *rest)
+        if cast("Connection", protocol).late:
+            request[LATE] = True
+        return request
+
+    def unread(self) -> bool:
+        """Whether any connection has not sent a request yet."""
+        return any(cast("Connection", each).unread for each in self.connections)
+
+    def busy(self) -> bool:
+        """Whether any connection has sent a request that is not answered yet."""
+        return any(cast("Connection", each).busy for each in self.connections)
 
     def unsent(self) -> int:
         """Bytes that wait in this process for clients to take them."""
@@ -132,11 +153,16 @@ class Listener(web.Server):
 
 
 class Connection(RequestHandler):
-    """One client connection."""
+    """One client connection.
+
+    Attributes:
+        unread: no request has come yet.
+        late: what comes next comes after the time in which requests are served.
+    """
 
     __slots__ = (
         "_ahead", "_body", "_broken", "_client", "_counted", "_head_deadline", "_head_size",
-        "_listener",
+        "_listener", "late", "unread",
     )  # fmt: skip
 
     def __init__(self, listener: Listener, *, loop: asyncio.AbstractEventLoop) -> None:
@@ -159,6 +185,8 @@ class Connection(RequestHandler):
         self._client: asyncio.Transport | None = None
         self._counted = False
         self._head_deadline: asyncio.TimerHandle | None = None
+        self.unread = True
+        self.late = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Count the connection, bound its buffers, start the clock for its first head."""
@@ -191,12 +219,16 @@ class Connection(RequestHandler):
         """Parse; a head that is begun must be complete in time, and within its bound."""
         if self._broken:
             return
-        if not self._busy:
+        if not self.busy:
             self._ahead = 0
         elif self._is_ahead(len(data)):
             return
+        before = len(self._messages)
         super().data_received(data)
-        if self._messages:
+        if len(self._messages) > before:
+            serves = self._listener.serves
+            self.late = serves == "none" or (serves == "first" and not self.unread)
+            self.unread = False
             message, body = self._messages[-1]
             if isinstance(message, _ErrInfo):
                 self._break()
@@ -204,7 +236,7 @@ class Connection(RequestHandler):
                 self._body = body
         if len(self._messages) > MAX_QUEUED:  # all in one piece
             self._give_up()
-        if self._busy or self._in_body:
+        if self.busy or self._in_body:
             self._head_size = 0
             self._stop_clock()
             return
@@ -240,7 +272,7 @@ class Connection(RequestHandler):
         self._stop_clock()
 
     @property
-    def _busy(self) -> bool:
+    def busy(self) -> bool:
         """Whether a request has come that is not answered yet."""
         return bool(self._messages) or self._request_in_progress
 
@@ -265,7 +297,7 @@ class Connection(RequestHandler):
 
     def eof_received(self) -> None:
         """A client that closes its sending side while it is served counts as gone."""
-        if self._busy:
+        if self.busy:
             self._give_up()
 
     async def start(self) -> None:
@@ -288,7 +320,7 @@ class Connection(RequestHandler):
 
     def _head_late(self) -> None:
         self._head_deadline = None
-        if not self._busy:
+        if not self.busy:
             self.force_close()
 
     def force_close(self) -> None:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
 
-from aiproxy import auth, errors, headers, routes
+from aiproxy import account_objects, auth, errors, headers, routes
 from aiproxy.aside import aside
 from aiproxy.attempts import Attempts
 from aiproxy.body import Buffered, receive
@@ -23,8 +23,10 @@ from aiproxy.envelope import Envelope
 from aiproxy.errors import ProxyError
 from aiproxy.exchange import Exchange
 from aiproxy.limits import ONE_REQUEST, Demand, Refusal
+from aiproxy.listener import LATE
 from aiproxy.prompt_size import measure
 from aiproxy.recent import LARGEST, Recent
+from aiproxy.routes import Order
 from aiproxy.watch import Interrupted
 
 if TYPE_CHECKING:
@@ -53,8 +55,6 @@ class Proxy:
         standings: how the upstreams are doing.
         live: the requests in flight.
         draining: connections are closed after their answer.
-        refusing: new requests are answered 503.
-        idle: set when the last request in flight ends while draining.
     """
 
     def __init__(  # noqa: PLR0917 - what a daemon has one of each
@@ -76,8 +76,6 @@ class Proxy:
         self.standings = standings
         self.live: set[Call] = set()
         self.draining = False
-        self.refusing = False
-        self.idle = asyncio.Event()
 
     def put(self, snapshot: Snapshot) -> None:
         """Requests that begin from now on are under this configuration."""
@@ -168,12 +166,10 @@ class Proxy:
             call.finish(outcome)
         finally:
             self.live.discard(call)
-            if self.draining and not self.live:
-                self.idle.set()
 
     def authenticate(self, call: Call) -> Key:
         """Who is calling, by the headers alone."""
-        if self.refusing:
+        if LATE in call.request:
             raise errors.shutting_down()
         received = call.request.headers
         secret = auth.presented(
@@ -195,20 +191,18 @@ class Proxy:
         asked.clock = time.time
         route = self.choose(call, asked, key)
         auth.permit(key, envelope)
+        await self.restrict(route, envelope)
         conversation = None
         if dialect.api == "responses":
             conversation = call.conversation = Conversation(self._sessions, call, asked)
             await conversation.begin(envelope)
-        attempts = Attempts(
-            call,
-            route,
-            dialect,
-            asked,
-            envelope,
-            self.targets(call, route, dialect),
-            self.standings,
-        )
-        await self._admit(call, await attempts.place(), route, envelope, dialect)
+        order = self.order(call, route, dialect)
+        attempts = Attempts(call, route, dialect, asked, envelope, order, self.standings)
+        try:
+            await self._admit(call, await attempts.place(), route, envelope, dialect)
+        except BaseException:
+            order.give_back()
+            raise
         del envelope  # a stream may last for hours; its request's body need not
         return await attempts.run()
 
@@ -236,8 +230,18 @@ class Proxy:
             call.limits = self._limits.of(key.name, route.model)
         return route
 
-    def targets(self, call: Call, route: Route, dialect: Dialect) -> list[Target]:
-        """Who is asked, in the order of trying.
+    @staticmethod
+    async def restrict(route: Route, envelope: Envelope) -> None:
+        """Refuse what a route does not take.
+
+        Raises:
+            ProxyError: the body names an object of the upstream's account.
+        """
+        if route.account_objects == "refuse" and account_objects.marked(body := envelope.encode()):
+            await aside(partial(account_objects.refuse, body), len(body))
+
+    def order(self, call: Call, route: Route, dialect: Dialect, *, bridged: bool = True) -> Order:
+        """Who is asked, in the order of trying; `bridged`: also over another API.
 
         Raises:
             ProxyError: nobody speaks what is asked for, or takes requests now.
@@ -247,22 +251,17 @@ class Proxy:
         def wait(target: Target) -> float:
             return self.standings.of(target.upstream).wait(now)
 
-        found = routes.targets(
-            route,
-            dialect.api,
-            call.snapshot.router.balance,
-            lambda target: wait(target) == 0.0,
-            None if conversation is None else conversation.prefers,
-        )
-        serving = [target for _, target in routes.speaking(route, dialect.api)]
-        parent = None if conversation is None else conversation.parent
-        if parent is not None and not parent.held:  # nobody else can go on with it
-            holder = [target for target in serving if target.name == parent.upstream]
-            if any(map(wait, holder)):
-                raise errors.upstream_unavailable(min(map(wait, holder)))
-        if not found:
+        serving = routes.speaking(route, dialect.api, bridged=bridged)
+        usable = [target for target in serving if wait(target) == 0.0]
+        named = () if conversation is None else conversation.named
+        holders = {each.upstream for each in named if not each.held}  # nobody else can go on
+        waits = [wait(target) for target in serving if target.name in holders]
+        if any(waits):
+            raise errors.upstream_unavailable(max(waits))
+        if not usable:
             raise errors.upstream_unavailable(min(map(wait, serving)))
-        return found
+        prefer = named[-1].upstream if named else None
+        return Order(call.snapshot.router.balance, usable, prefer)
 
     async def _admit(
         self, call: Call, asked: Asked, route: Route, envelope: Envelope, dialect: Dialect

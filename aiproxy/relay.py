@@ -125,7 +125,8 @@ class Relay:
         if (declared := stream.cut()) is not None:
             raise self._failure(declared)
         if stream.over:
-            if stream.outcome == "failed":
+            spent = stream.usage is not None and stream.usage.total_output > 0
+            if stream.outcome == "failed" and not spent:
                 raise errors.declared_failure("The upstream's answer has failed.")
             self.release()
 
@@ -203,6 +204,8 @@ class Relay:
             self._write(data)
         if not stream.whole:
             raise self._failure(stream.error or stream.cut() or error)
+        if self._settle is not None:  # an answer without any output, told only now
+            self._judge_beginning()
 
     def _failure(self, error: ProxyError) -> ProxyError:
         """An error; whether the upstream itself declared it before any output."""

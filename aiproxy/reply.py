@@ -85,7 +85,7 @@ class Reply:
             lines.append("Connection: close")
             if "Expect" in self._request.headers:
                 # A client that waits for `100 Continue` sends no body to linger for.
-                self._request.protocol._lingering_time = 0.0  # noqa: SLF001
+                self._request.protocol._lingering_time = 0.0  # noqa: SLF001 - the runner has no other way
         elif not http11:
             lines.append("Connection: keep-alive")
         self.started = True

@@ -109,62 +109,84 @@ class Balance:
     """
 
     def __init__(self) -> None:
-        self._gained: dict[tuple[str, int], int] = {}  # by route, and position among its targets
+        self._gained: dict[int, int] = {}  # by the target's identity: routes may name alike
 
-    def in_turn(self, route: str, tier: Sequence[tuple[int, Target]]) -> list[Target]:
+    def in_turn(self, tier: Sequence[Target]) -> list[Target]:
         """Those of a tier, the one whose turn it is first, then who waits longest."""
         if len(tier) == 1:
-            return [tier[0][1]]
+            return list(tier)
         gained = self._gained
-        for position, target in tier:
-            gained[route, position] = gained.get((route, position), 0) + target.weight
-        in_order = sorted(tier, key=lambda pair: -gained[route, pair[0]])
-        gained[route, in_order[0][0]] -= sum(target.weight for _, target in tier)
-        return [target for _, target in in_order]
+        for target in tier:
+            gained[id(target)] = gained.get(id(target), 0) + target.weight
+        in_order = sorted(tier, key=lambda target: -gained[id(target)])
+        gained[id(in_order[0])] -= sum(target.weight for target in tier)
+        return in_order
+
+    def give_back(self, in_order: Sequence[Target]) -> None:
+        """The turn that was taken with this order is taken back."""
+        if len(in_order) <= 1:
+            return
+        for target in in_order:
+            self._gained[id(target)] -= target.weight
+        self._gained[id(in_order[0])] += sum(target.weight for target in in_order)
 
 
-def speaking(route: Route, api: str) -> list[tuple[int, Target]]:
-    """The targets that serve what is asked for, with their positions.
+class Order:
+    """The targets of one request, in the order in which they are tried.
+
+    Whose turn it is in a tier is decided when the request comes to that tier, so that nobody's is
+    used up unasked; and a request that stays with its conversation takes no turn.
+
+    Args:
+        balance: whose turn it is.
+        usable: the targets that take requests now.
+        prefer: the upstream that a conversation is with, where the route has it.
+    """
+
+    def __init__(self, balance: Balance, usable: Iterable[Target], prefer: str | None) -> None:
+        self._balance = balance
+        self._prefer = prefer
+        self._reached: dict[int, list[Target]] = {}  # tiers, each in the order of its turn
+        # Stable: all else stays as it is in the file.
+        self.targets = sorted(usable, key=lambda target: (target.name != prefer, target.tier))
+
+    def reach(self, position: int, ready: Callable[[int], bool] = lambda _: True) -> Target:
+        """Who is tried at a position; `ready`: whether those after it, by position, could be."""
+        first = self.targets[position]
+        if first.tier not in self._reached and first.name != self._prefer:
+            places = [
+                place
+                for place in range(position, len(self.targets))
+                if self.targets[place].tier == first.tier and ready(place)
+            ]
+            turn = self._balance.in_turn([self.targets[place] for place in places])
+            self._reached[first.tier] = turn
+            for place, target in zip(places, turn, strict=True):
+                self.targets[place] = target
+        return self.targets[position]
+
+    def leave_out(self) -> None:
+        """The first of them cannot be asked for this: the turn is another's."""
+        tier = self.targets.pop(0).tier
+        self._balance.give_back(self._reached.pop(tier, ()))
+
+    def give_back(self) -> None:
+        """Nobody was asked: the turns that were taken are others'."""
+        for turn in self._reached.values():
+            self._balance.give_back(turn)
+        self._reached.clear()
+
+
+def speaking(route: Route, api: str, *, bridged: bool = True) -> list[Target]:
+    """The targets that serve what is asked for; `bridged`: also over another API.
 
     Raises:
         ProxyError: none of them speaks it, or what it can be bridged to.
     """
-    served_by = _BRIDGED if api == "responses" else {api}
-    found = [
-        (position, target)
-        for position, target in enumerate(route.targets)
-        if served_by & target.upstream.apis
-    ]
+    served_by = _BRIDGED if api == "responses" and bridged else {api}
+    found = [target for target in route.targets if served_by & target.upstream.apis]
     if not found:
         raise errors.unsupported_parameter(
             "model", f"The model `{errors.shown(route.model)}` is not served on this endpoint."
         )
-    return found
-
-
-def targets(
-    route: Route,
-    api: str,
-    balance: Balance,
-    ready: Callable[[Target], bool],
-    prefer: str | None = None,
-) -> list[Target]:
-    """The targets of a route in the order in which they are tried.
-
-    Args:
-        route: of the model.
-        api: what is asked for.
-        balance: whose turn it is.
-        ready: whether a target takes requests now; the others come not at all.
-        prefer: the upstream that a conversation is with, where the route has it.
-
-    Raises:
-        ProxyError: as `speaking`.
-    """
-    usable = [pair for pair in speaking(route, api) if ready(pair[1])]
-    found: list[Target] = []
-    for tier in sorted({target.tier for _, target in usable}):
-        found += balance.in_turn(route.model, [p for p in usable if p[1].tier == tier])
-    if prefer is not None:
-        found.sort(key=lambda target: target.name != prefer)  # stable: all else stays
     return found

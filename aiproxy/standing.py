@@ -97,12 +97,14 @@ class Standings:
         self._known = found
 
     def _new(self, name: str, config: Config) -> Standing:
-        told, bounds = self._told, config.breaker
-        breaker = Breaker(
-            bounds.failures,
-            bounds.cooldown,
-            bounds.max_cooldown,
-            lambda state, reason, seconds: told(name, state, reason, seconds),
-        )
-        upstream: Upstream = config.upstreams[name]
-        return Standing(breaker, upstream.max_concurrent)
+        bounds = config.breaker
+
+        def told(state: State, reason: Reason, seconds: float) -> None:
+            # Requests that began before a reload may end after it: of whom that one has put
+            # another in the place nothing is told any more.
+            if self._known.get(name, ("", None))[1] is standing:
+                self._told(name, state, reason, seconds)
+
+        breaker = Breaker(bounds.failures, bounds.cooldown, bounds.max_cooldown, told)
+        standing = Standing(breaker, config.upstreams[name].max_concurrent)
+        return standing

@@ -78,7 +78,7 @@ class Status:
                 "last_reload_failed": None if failed is None else _time(failed),
             },
             "connections": self._clients.count,
-            "max_connections": config.max_connections,
+            "max_connections": self._clients.max_connections,
             "buffered_bytes": proxy.held,
             "max_buffered_bytes": config.max_buffered,
             "in_flight": len(exchanges),

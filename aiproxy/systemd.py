@@ -51,6 +51,10 @@ class Notifier:
         self._owed = ()
         self._send("STOPPING=1", _line(status))
 
+    def extend(self, status: str, seconds: float) -> None:
+        """It is still ending, and may take this long until it says so again."""
+        self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1_000_000)}", _line(status))
+
     def status(self, status: str) -> None:
         """One line for people, in `systemctl status`."""
         self._send(_line(status))

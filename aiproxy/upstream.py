@@ -9,7 +9,6 @@ does not name.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from typing import TYPE_CHECKING, NoReturn, Self
 from urllib.parse import quote
@@ -19,7 +18,7 @@ from yarl import URL
 from aiproxy import errors, headers
 from aiproxy.coding import CODINGS, Decoder, UndecodableError
 from aiproxy.errors import ProxyError
-from aiproxy.upstream_errors import UNDECODABLE, Failure, passed_on
+from aiproxy.upstream_errors import UNDECODABLE, Failure, asked_for, passed_on, whole_seconds
 from aiproxy.upstream_pool import Pool, tls
 
 if TYPE_CHECKING:
@@ -219,6 +218,7 @@ class Ask:
         if coding not in CODINGS and coding not in ("", "identity"):
             raise self.not_an_answer(UNDECODABLE)
         self._standing.breaker.answered(probe=self._probe)
+        self._probe = False  # it is known how it went: from now on it is one of many
 
     def _sent(self) -> None:
         """The request's last byte is with the kernel."""
@@ -242,10 +242,10 @@ class Ask:
         """The end of the attempt: record its result, leave no connection behind."""
         if isinstance(error, asyncio.CancelledError):
             reason = self._watch.missed
-            if reason == "connect":
+            if reason == "connect" and self._connection is None:
                 self.result = "connect"
-            elif reason in ("first_byte", "idle", "total"):
-                self.result = "timeout"
+            elif reason in ("connect", "first_byte", "idle", "total"):
+                self.result = "timeout"  # a connection that came just too late was sent something
         elif (
             isinstance(error, ProxyError)
             and self.result is None
@@ -360,16 +360,17 @@ class Ask:
             else "protocol"
         )  # fmt: skip
         self.acted = status not in _NOT_ACTED
-        self.retry_after = _wait(answer)
+        self.retry_after = asked_for(answer.get)
         if status in _NO_CREDENTIAL:
             raise errors.upstream_credential()
         back = tuple(h for h in self.passed_on() if h[0].lower() != "content-type")
         if status in (503, 529):
             kept = tuple(h for h in back if h[0].lower() in ("retry-after", "retry-after-ms"))
-            raise errors.upstream_overloaded(_seconds(answer.get("retry-after-ms")), kept)
+            raise errors.upstream_overloaded(whole_seconds(answer.get("retry-after-ms")), kept)
         if status not in _PASSED_ON:
             raise errors.upstream_error(f"The upstream answered with status {status}.")
         result = self.result
+        self._watch.enter("none", 0)  # its body has a bound of its own
         try:
             async with asyncio.timeout(REFUSAL):
                 body = await self.read(MAX_REFUSAL)
@@ -377,22 +378,3 @@ class Ask:
             self.result = result
             body = b""
         raise passed_on(status, body, back, self._shape)
-
-
-def _wait(answer: Head) -> float:
-    """Seconds that a refusal asks for; 0 where it does not say, or names a date."""
-    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        given = answer.get(name)
-        try:
-            seconds = float(given[:12]) / unit
-        except ValueError:
-            continue
-        if 0.0 <= seconds < math.inf:
-            return seconds
-    return 0.0
-
-
-def _seconds(milliseconds: str) -> str:
-    """What Retry-After says of an upstream that gives its time in milliseconds alone."""
-    known = milliseconds.isascii() and milliseconds.isdigit()
-    return str(max(1, math.ceil(int(milliseconds[:9]) / 1000))) if known else "1"

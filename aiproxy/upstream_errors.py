@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import time
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -9,6 +13,8 @@ import msgspec
 from aiproxy import errors
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiproxy.errors import ProxyError, Shape
     from aiproxy.exchange import AttemptResult
 
@@ -35,7 +41,7 @@ def passed_on(
     status: int, body: bytes, back: tuple[tuple[str, str], ...], shape: Shape
 ) -> ProxyError:
     """An upstream's own refusal: its body as it is where it has our shape, else its message."""
-    kind = "requests" if status == 429 else errors.INVALID  # noqa: PLR2004
+    kind = "requests" if status == HTTPStatus.TOO_MANY_REQUESTS else errors.INVALID
     error = errors.ProxyError(
         status,
         kind,
@@ -70,3 +76,30 @@ def _has_shape(document: dict[str, Any], inner: dict[str, Any], shape: Shape) ->
         and all(name in inner for name in ("param", "code"))
         and all(isinstance(inner[name], (str, type(None))) for name in ("param", "code"))
     )
+
+
+def asked_for(field: Callable[[str], str]) -> float:
+    """Seconds that an answer asks to be left alone, by its `Retry-After`; 0 where it does not say.
+
+    Args:
+        field: the value of a header field of the answer, or nothing.
+    """
+    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        given = field(name)
+        try:
+            seconds = float(given[:12]) / unit
+        except ValueError:
+            continue
+        if 0.0 <= seconds < math.inf:
+            return seconds
+    try:  # the other form that HTTP has for it (RFC 9110 section 10.2.3)
+        until = parsedate_to_datetime(field("retry-after")).timestamp()
+    except (ValueError, OverflowError):
+        return 0.0
+    return max(0.0, until - time.time())
+
+
+def whole_seconds(milliseconds: str) -> str:
+    """What Retry-After says of an upstream that gives its time in milliseconds alone."""
+    known = milliseconds.isascii() and milliseconds.isdigit()
+    return str(max(1, math.ceil(int(milliseconds[:9]) / 1000))) if known else "1"

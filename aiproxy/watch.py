@@ -158,13 +158,15 @@ class Watch:
         scope = self._attempt = asyncio.timeout(None)
         try:
             async with scope:
-                return await work
+                done = await work
         except TimeoutError:
             if self._late is None:
                 raise
             raise Late(self._late) from None
         finally:
             self._attempt = None
+        self._late = None  # it was done just before it would have been interrupted
+        return done
 
     @property
     def missed(self) -> Phase | Reason | None:

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from client import parse_sse
 from rig import (
@@ -206,6 +206,57 @@ async def check_continued(proxy: Proxy, stream: bytes) -> None:
     for key, status in ((TEAM_A, 200 if whole else 400), (TEAM_B, 400)):
         answer = await proxy.post("/v1/responses", body, key=key)
         assert answer.status == status, answer
+
+
+async def check_ids(proxy: Proxy, whole: Iterable[str], broken: Iterable[str] = ()) -> None:
+    """I6 of responses by their ids: those seen complete go on for their owner alone."""
+    statuses = dict.fromkeys(whole, 200) | dict.fromkeys(broken, 400)
+    for response_id, status in statuses.items():
+        body = prompt(previous_response_id=response_id)
+        for key, expected in ((TEAM_A, status), (TEAM_B, 400)):
+            answer = await proxy.post("/v1/responses", body, key=key)
+            assert answer.status == expected, (response_id, key, answer)
+
+
+class Purse:
+    """The tokens of team-a from here on, with the limiter's time at a stop: nothing comes back.
+
+    Made by `Purse.of`, when all is written down that was before.
+    """
+
+    @classmethod
+    async def of(cls, proxy: Proxy) -> Self:
+        """Wait for the lines of what has ended, and stop the time."""
+        await check_conservation(proxy)
+        return cls(proxy)
+
+    def __init__(self, proxy: Proxy) -> None:
+        limits = proxy.daemon._limits
+        now = limits._clock.latest
+        limits._clock.read = lambda: now
+        self._proxy = proxy
+        self._before = self._left()
+        self._lines = len(proxy.request_logs())
+
+    def _left(self) -> int:
+        levels = self._proxy.daemon._limits.levels("keys")["team-a"]
+        (level,) = [level for level in levels if level.kind == "tokens"]
+        return level.remaining
+
+    async def check(self) -> None:
+        """I3: what left the bucket is what the lines of its key say, to the token."""
+
+        async def holds() -> None:
+            lines = self._proxy.request_logs()[self._lines :]
+            logged = sum(
+                line.get(field) or 0
+                for line in lines
+                for field in TOKEN_FIELDS.values()
+                if line["key"] == "team-a"
+            )
+            assert self._before - self._left() == logged
+
+        await eventually(holds)
 
 
 async def check_healthy(proxy: Proxy) -> None:

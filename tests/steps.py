@@ -212,13 +212,13 @@ def error_answer(
 
 def body_of(steps: Iterable[Step]) -> bytes:
     """Return the decoded body that these steps send: what must arrive byte for byte."""
-    body = b""
+    pieces: list[bytes] = []
     for step in steps:
         match step:
             case Chunk(data) | Send(data):
-                body += data
+                pieces.append(data)
             case Repeat(data, n):
-                body += data * n
+                pieces.append(data * n)
             case _:
                 pass
-    return body
+    return b"".join(pieces)

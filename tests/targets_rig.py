@@ -187,6 +187,15 @@ class Rig:
         )
 
 
+async def nothing_held(rig: Rig) -> None:
+    """Assert that no byte of a request is counted as in memory."""
+
+    async def holds() -> None:
+        assert rig.proxy.daemon._proxy.held == 0
+
+    await eventually(holds)
+
+
 def config(
     urls: Mapping[str, str],
     *,

@@ -1,6 +1,7 @@
 """When an upstream is left alone: the breaker, and what stands beside it."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiproxy.breaker import Breaker
-from aiproxy.standing import FULL, Standings
+from aiproxy.standing import FULL, Standing, Standings
 from rig import config_text, load
 
 FAILURES, COOLDOWN, MOST = 3, 5.0, 60.0
@@ -179,3 +180,58 @@ def test_a_full_upstream_and_reloads() -> None:
     elsewhere = upstream(url="http://127.0.0.1:2/v1")
     assert standings.of(elsewhere).breaker.state == "closed"
     assert standings.of(upstream()) is not standing  # the one that is no more
+
+
+ENDS = ["answered", "succeeded", "failed", "asked to wait", "refused", "unknown"]
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.lists(st.tuples(st.sampled_from(["begin", *ENDS]), st.floats(0.0, 30.0), st.integers(0, 5))),
+)
+def test_whatever_happens(failures: int, most: int, steps: list[tuple[str, float, int]]) -> None:
+    """Of many under way: one probe at a time, no more than `most`, no change told twice, an end."""
+    told: list[Any] = ["closed"]
+    made = Breaker(failures, COOLDOWN, MOST, lambda state, *_: told.append(state))
+    standing = Standing(made, most)
+    now = 0.0
+    open_ones: list[bool] = []  # those under way: whether each is the probe
+    for step, after, which in steps:
+        now += after
+        if step == "begin":
+            before, left = made.state, standing.wait(now)
+            if standing.enter(now):
+                assert left == 0.0
+                assert before == "closed" or not any(open_ones)
+                open_ones.append(made.state == "half-open")
+        elif open_ones:
+            end_one(standing, open_ones, step, now, which % len(open_ones))
+        assert standing.in_flight == len(open_ones) <= most
+        assert sum(open_ones) <= 1
+        assert (made.state == "half-open") <= any(open_ones)
+        assert made.wait(now) <= MOST
+    assert all(one != other for one, other in pairwise(told))
+    assert told[-1] == made.state
+    while open_ones:
+        end_one(standing, open_ones, "unknown", now, 0)
+    assert standing.enter(now + MOST)
+
+
+def end_one(standing: Standing, open_ones: list[bool], how: str, now: float, which: int) -> None:
+    """End one of those under way, as an attempt does; `answered`: it goes on, and is no probe."""
+    made, probe = standing.breaker, open_ones[which]
+    if how == "answered":
+        made.answered(probe=probe)
+        open_ones[which] = False
+        return
+    del open_ones[which]
+    standing.leave()
+    if how == "refused":
+        made.refused(now)
+    elif how == "failed":
+        made.failed(now, probe=probe)
+    elif how == "asked to wait":
+        made.failed(now, 20.0, probe=probe)
+    else:
+        getattr(made, how)(probe=probe)

@@ -1,12 +1,31 @@
 """kill -9 loses nothing that a client saw complete; the long form is the command `crash.py`."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from client import RawClient
-from crash import Daemon, Seen, ask, goes_on, is_there, lost_of, main, running_upstream, series
+from child_rig import child
+from client import IncompleteBody, RawClient, parse_sse
+from crash import (
+    Daemon,
+    Seen,
+    ask,
+    check_file,
+    goes_on,
+    is_there,
+    lost_of,
+    main,
+    running_upstream,
+    series,
+)
+from invariants import check_conservation, check_ids, eventually
+from responses import responses_events
+from rig import prompt
 from sessions_rig import UNKNOWN
+from steps import SSE_HEADERS, Chunk, Headers, Stall, Step
+from upstream import ScriptedUpstream
 
 
 async def test_f26_kill_9_loses_nothing(tmp_path: Path) -> None:
@@ -16,6 +35,49 @@ async def test_f26_kill_9_loses_nothing(tmp_path: Path) -> None:
     assert report.seen >= 400
     assert report.lost == []
     assert report.integrity == "ok"
+
+
+@pytest.mark.timeout(60)  # a process starts twice
+async def test_f26_slots_are_free_after_a_kill(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    """Killed with all slots of a key in use, it has all of them again; ids go on for their owner.
+
+    The streams that were cut promised nothing: none of them can be continued by anybody.
+    """
+    changes: Any = {
+        "keys": {"team-a": {"limits": {"concurrent": 4}}},
+        "sessions": {"store": f"sqlite:{tmp_path}/sessions.db"},
+        "upstreams": {"scripted": {"sessions": "replay"}},
+    }
+    frames = responses_events()
+    held: list[Step] = [Headers(200, SSE_HEADERS), Chunk(b"".join(frames[:5])), Stall()]
+    async with child(upstream, tmp_path, **changes) as daemon:
+        seen = [(await daemon.post()).json()["id"] for _ in range(4)]
+        upstream.default = held
+        clients = [await daemon.send(body=prompt(stream=True)) for _ in range(4)]
+        cut = []
+        for client in clients:
+            await client.read_head()
+            cut.append(parse_sse(await client.read_until(b"Hello")))
+        assert (await daemon.post()).status == 429
+        daemon.process.kill()
+        await daemon.process.wait()
+        for client in clients:
+            with pytest.raises((IncompleteBody, ConnectionError)):
+                await client.read_body()
+    async with child(upstream, tmp_path, **changes) as daemon:
+        clients = [await daemon.send(body=prompt(stream=True)) for _ in range(4)]
+        assert [(await client.read_head()).status for client in clients] == [200] * 4
+        assert (await daemon.post()).status == 429
+        await daemon.close_clients()
+        upstream.heal()
+        broken = [json.loads(events[0][1])["response"]["id"] for events in cut]
+
+        async def continued() -> None:
+            await check_ids(daemon, seen, broken)
+
+        await eventually(continued)  # once those that have left are noticed
+        await check_conservation(daemon)
+    assert check_file(tmp_path / "sessions.db") == "ok"
 
 
 async def test_what_is_not_there_is_reported(tmp_path: Path) -> None:

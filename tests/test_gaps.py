@@ -347,7 +347,7 @@ async def test_who_came_during_the_drains_delay_is_counted_as_drained(
     await asyncio.sleep(0)
     client = await proxy.send()
     await upstream.wait_request()
-    while not proxy.daemon._proxy.refusing:  # noqa: ASYNC110 - the daemon has no event for it
+    while proxy.daemon.clients.listener.serves != "none":  # noqa: ASYNC110 - the daemon has no event for it
         await asyncio.sleep(0.01)
     gate.set()
     assert (await client.answer()).status == 200

@@ -9,16 +9,19 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "aiproxy"
 
 CONNECTED = "config stores upstream upstream_answer upstream_connection upstream_errors "
-CONNECTED += "upstream_pool watch body listener reply metrics logs tracing systemd aside"
+CONNECTED += (
+    "upstream_pool watch body listener reply metrics logs tracing systemd aside first descriptors"
+)
 # Bottom to top. At runtime a module imports from lower layers only, save SAME_LAYER and NARROW.
 LAYERS = [
     "errors sse usage headers jsontext coding prompt_size",
     "envelope",
-    "limits routes sessions dialects auth recent breaker standing",
+    "limits routes sessions dialects auth recent breaker standing account_objects",
     "exchange",
     CONNECTED,
     "snapshot session_gate call referred conversation relay attempts proxy stored counting",
     "reload app sockets levels pulse recorders",
+    "drain",
     "status",
     "admin",
     "daemon",
@@ -66,7 +69,7 @@ MOST_LINES = 400
 
 # Where a task is made by hand, and why it cannot be lost there.
 TASKS = {
-    ("daemon.py", "_first"): "all are cancelled and awaited before it returns",
+    ("first.py", "first"): "all are cancelled and awaited before it returns",
     ("reload.py", "reload"): "the reloader keeps it, and the daemon awaits it at its end",
     ("upstream_pool.py", "get"): "the pool keeps it, and cancels it when it closes",
     ("demo.py", "_until_signal"): "it is awaited there, and cancelled by a signal",

@@ -10,9 +10,11 @@ import pytest
 import invariants
 from answers import USAGE
 from invariants import (
+    Purse,
     check_at_rest,
     check_conservation,
     check_healthy,
+    check_ids,
     check_invariants,
     check_secrets,
     check_terminal,
@@ -110,6 +112,39 @@ async def test_a_seeded_secret_is_seen(serve: Serve, secret: str) -> None:
     proxy.tap.write(secret.encode())
     with pytest.raises(AssertionError, match="in log"):
         await check_secrets(proxy)
+
+
+async def test_an_id_that_anybody_can_continue_is_seen(serve: Serve) -> None:
+    """I6 turns red for an id that its owner cannot continue, and for one that another key can."""
+    proxy = await serve()
+    own = (await proxy.post()).json()["id"]
+    foreign = (await proxy.post(key=TEAM_B)).json()["id"]
+    await check_ids(proxy, [own], ["resp_" + "Q" * 43])
+    for whole, broken in (
+        ([foreign], []),
+        ([], [foreign]),
+        (["resp_" + "Q" * 43], []),
+        ([], [own]),
+    ):
+        with pytest.raises(AssertionError):
+            await check_ids(proxy, whole, broken)
+
+
+async def test_a_bucket_that_differs_from_the_log_is_seen(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I3 turns red for one token that was taken and not logged."""
+    proxy = await serve()
+    await check_healthy(proxy)
+    purse = await Purse.of(proxy)
+    await check_healthy(proxy)
+    await purse.check()
+    account = proxy.daemon._limits._books["keys"]["team-a"]
+    bucket = account.tokens[0]
+    bucket.full_at += bucket.unit
+    monkeypatch.setattr(invariants, "SETTLE", 0.0)
+    with pytest.raises(AssertionError):
+        await purse.check()
 
 
 def test_terminal_events_are_counted() -> None:

@@ -6,6 +6,7 @@ What was under way ends as it began; nothing is left behind.
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -13,10 +14,11 @@ import re
 import signal
 import socket
 import sys
+import weakref
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -37,6 +39,9 @@ from rig import (
     totals,
 )
 from upstream import Chunk, EndChunks, Headers, Recorded, ScriptedUpstream, Wait
+
+if TYPE_CHECKING:
+    from aiproxy.snapshot import Snapshot
 
 SSE = (("content-type", "text/event-stream"), ("transfer-encoding", "chunked"))
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,9 +89,23 @@ class Streams:
 # F27
 
 
-async def test_f27_a_hundred_reloads_under_load(serve: Serve, upstream: ScriptedUpstream) -> None:
-    """Streams opened before and between them all come whole, and no other request fails."""
+async def test_f27_a_hundred_reloads_under_load(
+    serve: Serve, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streams opened before and between them all come whole, and no other request fails.
+
+    A configuration lives as long as what began under it, and only the last one stays.
+    """
     proxy, baseline = await begin(serve, upstream)
+    served_by = proxy.daemon._proxy
+    configurations = weakref.WeakSet([served_by.snapshot])
+    put = served_by.put
+
+    def count(snapshot: "Snapshot") -> None:
+        configurations.add(snapshot)
+        put(snapshot)
+
+    monkeypatch.setattr(served_by, "put", count)
     idle = {"idle_connections": "50ms"}
     ways = itertools.cycle([
         {**idle, "timeouts": {"idle": "77s"}, "headers": {"X-Turn": "one"}},
@@ -121,9 +140,13 @@ async def test_f27_a_hundred_reloads_under_load(serve: Serve, upstream: Scripted
     assert totals(metrics, "aiproxy_requests_in_flight", "endpoint") == {
         "responses": 5, "chat": 4, "messages": 4,
     }  # fmt: skip
+    gc.collect()
+    assert 10 <= len(configurations) <= 11 + 1  # of the first streams, of ten more, the last one
     await streams.check_whole()
     assert set(totals(await proxy.metrics(), "aiproxy_requests_total", "outcome")) == {"completed"}
     await check_invariants(proxy, upstream, baseline=baseline)
+    gc.collect()
+    assert list(configurations) == [served_by.snapshot]
 
 
 # F28

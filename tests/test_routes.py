@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from aiproxy.config import Config, Key, Route
 from aiproxy.errors import ProxyError
-from aiproxy.routes import Balance, Router, glob, is_glob, targets
+from aiproxy.routes import Router, glob, is_glob, speaking
 from rig import load
 
 NAMES = st.text(alphabet="ab.[\n", max_size=5)
@@ -177,7 +177,7 @@ def config() -> Config:
 
 def test_targets_speak_the_api(config: Config) -> None:
     """A route's targets are returned for an API that they speak."""
-    (target,) = targets(config.routes[0], "chat", Balance(), lambda _: True)
+    (target,) = speaking(config.routes[0], "chat")
     assert target.upstream.name == "chatty"
 
 
@@ -185,6 +185,6 @@ def test_targets_speak_the_api(config: Config) -> None:
 def test_targets_that_do_not_speak_the_api(config: Config, api: str) -> None:
     """An endpoint that none of the targets speaks is 400 unsupported_parameter, param model."""
     with pytest.raises(ProxyError) as caught:
-        targets(config.routes[0], api, Balance(), lambda _: True)
+        speaking(config.routes[0], api)
     error = caught.value
     assert (error.status, error.code, error.param) == (400, "unsupported_parameter", "model")

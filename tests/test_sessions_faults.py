@@ -283,6 +283,62 @@ async def test_f33_a_locked_database(
 
 
 @pytest.mark.timeout(30)
+async def test_f33_the_loop_goes_on_while_the_database_is_locked(
+    proxy: Proxy, upstream: ScriptedUpstream, other: sqlite3.Connection
+) -> None:
+    """While turns wait for a lock the loop is never held up for 50 ms by it.
+
+    Other programs may hold it up; hence the best of five tries counts, each with a lock of 300 ms.
+    """
+    root = (await turn(proxy, "root"))["id"]
+    loop, gaps = asyncio.get_running_loop(), list[float]()
+    while len(gaps) < 5 and min(gaps, default=1.0) >= 0.05:
+        other.execute("BEGIN IMMEDIATE")
+        until = asyncio.Event()
+        gap = loop.create_task(longest_gap(until))
+        turns = [loop.create_task(turn(proxy, f"{n}", root, streamed=n % 2 == 0)) for n in range(8)]
+        await asyncio.sleep(0.3)  # the lock's own duration
+        assert (await use(proxy, "get", root)).status == 200
+        assert not any(task.done() for task in turns)
+        until.set()
+        gaps.append(await gap)
+        other.execute("ROLLBACK")
+        made = await asyncio.gather(*turns)
+        await turn(proxy, "more", made[-1]["id"])
+    assert min(gaps) < 0.05
+    await check_invariants(proxy, upstream)
+
+
+async def test_f33_a_database_that_became_read_only(
+    proxy: Proxy, upstream: ScriptedUpstream
+) -> None:
+    """Turns are told as not stored, what was there is read on, and it goes on once it can."""
+    root = (await turn(proxy, "root"))["id"]
+    store: Any = proxy.daemon._sessions._store
+    execute = store._book._execute
+    execute("PRAGMA query_only = ON")  # as on a file system that the kernel has made so
+    whole, streamed = await asyncio.gather(
+        ask(proxy, "a", root), ask(proxy, "b", root, streamed=True)
+    )
+    AWAY.check(whole, upstream="scripted")
+    check_away(streamed)
+    asked = len(upstream.requests)
+    AWAY.check(await ask(proxy, "too late", root))  # nobody makes what cannot be kept
+    assert len(upstream.requests) == asked
+    assert (await use(proxy, "get", root)).status == 200
+    AWAY.check(await use(proxy, "delete", root))
+    assert (await ask(proxy, "c", root, store=False)).status == 200
+    execute("PRAGMA query_only = OFF")
+    NO_PARENT.check(await use(proxy, "continue", facts_of(streamed)[-1]["response"]["id"]))
+    await turn(proxy, "more", root)
+    assert heard(upstream.requests[-1])[::2] == ["root", "more"]
+    await check_invariants(proxy, upstream, stream=streamed.body, bodies=[whole.body])
+    lines = [line for line in proxy.request_logs() if line["outcome"] == "store_error"]
+    assert sorted(line["output_tokens"] for line in lines) == [0, 0, 5, 5]
+    assert not any(line["estimated"] for line in lines)
+
+
+@pytest.mark.timeout(30)
 async def test_a_lock_that_is_soon_gone(
     proxy: Proxy, upstream: ScriptedUpstream, other: sqlite3.Connection
 ) -> None:

@@ -8,17 +8,21 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from aiproxy.sessions import Delta, Head, StoreError
-from aiproxy.stores import sqlite_book, sqlite_file, sqlite_reader
+from aiproxy.stores import sqlite_book, sqlite_file, sqlite_reader, sqlite_readers
 from aiproxy.stores.sqlite import SqliteSessions
 from aiproxy.stores.sqlite_book import Book
 from conftest import BlockingCalls
+from invariants import eventually
 from turns import ALICE, PLENTY, TTL, Clock, World, bare, turn
 
 CANARY = "STORE-CANARY-5518"
@@ -337,6 +341,40 @@ async def test_what_others_hold_is_counted_within_a_second(
     assert one.shares.turns <= 24
     await one.close()
     await other.close()
+
+
+async def test_too_many_reads_are_refused_at_once(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a disk that hangs nobody waits in vain: what is too much is told so at once."""
+    monkeypatch.setattr(sqlite_readers, "MOST_WAITING", 3)
+    store = opened(file, patience=30)
+    await store.put(turn("a"))
+    hangs = threading.Event()
+    read = sqlite_reader.Reader.load
+
+    def hang(*given: Any) -> Any:
+        hangs.wait(30)
+        return read(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite_reader.Reader, "load", hang)
+        under_way = [asyncio.ensure_future(store.load(ALICE, "a")) for _ in range(2)]
+        await asyncio.sleep(0)
+        await eventually(partial(waits, store, 0))  # both threads hang
+        under_way += [asyncio.ensure_future(store.load(ALICE, "a")) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(StoreError, match="3 reads wait already"):
+            await store.load(ALICE, "a")
+        hangs.set()
+        await asyncio.wait(under_way)
+    assert (await store.load(ALICE, "a")).result == "hit"
+    await store.close()
+
+
+async def waits(store: SqliteSessions, reads: int) -> None:
+    """Assert that so many reads wait for a thread."""
+    assert store._readers._jobs.qsize() == reads
 
 
 def test_a_file_that_another_process_opens_for_ever(file: Path) -> None:

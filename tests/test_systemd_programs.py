@@ -23,7 +23,7 @@ from upstream import ScriptedUpstream
 pytestmark = pytest.mark.systemd
 
 ROOT = Path(__file__).resolve().parent.parent
-UNITS = ("aiproxy.service", "aiproxy.socket")
+UNITS = ("aiproxy.service", "aiproxy.socket", "aiproxy@.service")
 NAMED = ("--fdname=http",)
 
 
@@ -145,6 +145,7 @@ def units(tmp_path: Path) -> list[Path]:
     """Copy the units; the program and the file that they name are there."""
     places = {
         "/opt/aiproxy/bin/aiproxy": f"{sys.executable} -m aiproxy",
+        "/opt/aiproxy-%i/bin/aiproxy": f"{sys.executable} -m aiproxy",
         "/etc/aiproxy/aiproxy.yaml": str(ROOT / "etc" / "aiproxy.yaml"),
     }
     for name in UNITS:
@@ -159,7 +160,8 @@ def verify(units: list[Path]) -> str:
     """Return what systemd says of units; its exit code is 0 for an unknown key, too."""
     program = shutil.which("systemd-analyze")
     assert program is not None
-    command = [program, "verify", *map(str, units)]
+    # A template is looked at by an instance of it.
+    command = [program, "verify", *(str(unit).replace("@.", "@blue.") for unit in units)]
     environ = {**os.environ, "SYSTEMD_COLORS": "0"}
     done = subprocess.run(  # noqa: S603 - its arguments are of this test
         command, check=False, capture_output=True, text=True, timeout=30, env=environ
@@ -178,10 +180,12 @@ def test_systemd_has_nothing_to_say_of_the_units(units: list[Path]) -> None:
         (0, "WatchdogSec=", "WatchdogSecs=", "WatchdogSecs"),
         (0, "ProtectSystem=strict", "ProtectSystem=strictly", "strictly"),
         (0, "@resources", "@resource", "@resource"),
-        (0, "TimeoutStopSec=11min", "TimeoutStopSec=11 mins", "11 mins"),
+        (0, "TimeoutStopSec=90s", "TimeoutStopSec=90 secs.", "90 secs."),
         (0, "ExecStart=", "ExecStart=/nowhere", "/nowhere"),
         (1, "FileDescriptorName=", "FileDescriptorNames=", "FileDescriptorNames"),
         (1, "127.0.0.1:8080", "127.0.0.1:http", "127.0.0.1:http"),
+        (2, "Sockets=aiproxy.socket", "Socket=aiproxy.socket", "'Socket'"),
+        (2, "EnvironmentFile=/etc/aiproxy/%i.env", "EnvironmentFile=%i.env", "blue.env"),
     ],
 )
 def test_systemd_sees_a_mistake(
@@ -192,3 +196,19 @@ def test_systemd_sees_a_mistake(
     assert old in text
     units[unit].write_text(text.replace(old, new), encoding="utf-8")
     assert re.search(re.escape(said), verify(units))
+
+
+def test_the_two_services_are_one() -> None:
+    """The template is the service, but for what makes two of it: a new key is in both."""
+    plain, template = (
+        [line for line in (ROOT / "systemd" / name).read_text().splitlines() if line[:1] != "#"]
+        for name in ("aiproxy.service", "aiproxy@.service")
+    )
+    own = {
+        "Description=aiproxy, a reverse proxy for LLM APIs (%i)",
+        "Sockets=aiproxy.socket",
+        "EnvironmentFile=/etc/aiproxy/%i.env",
+    }
+    assert own < set(template)
+    shared = [line.removesuffix(" (%i)").replace("-%i/", "/") for line in template]
+    assert [line for line in shared if line not in own] == plain

@@ -17,8 +17,9 @@ from aiproxy.breaker import Breaker
 from aiproxy.coding import Decoder
 from aiproxy.errors import ProxyError
 from aiproxy.standing import Standing
-from aiproxy.upstream import ANTHROPIC_VERSION, MAX_ANSWER, MAX_PIECE, Ask, Client, _wait
+from aiproxy.upstream import ANTHROPIC_VERSION, MAX_ANSWER, MAX_PIECE, Ask, Client
 from aiproxy.upstream_answer import Head
+from aiproxy.upstream_errors import asked_for
 from faults import PATHS, Serve, asked, check_error, events_of, json_of, results_of
 from rig import ABSENT, CREDENTIAL, config_text, load
 from steps import SSE_HEADERS, Step
@@ -50,7 +51,7 @@ else:
 )
 def test_how_long_an_upstream_asks_to_be_left_alone(fields: dict[str, str], seconds: float) -> None:
     """Its milliseconds count before its seconds; what is no number of them is passed over."""
-    assert _wait(Head(503, list(fields.items()), fields)) == seconds
+    assert asked_for(Head(503, list(fields.items()), fields).get) == seconds
 
 
 async def test_an_upstream_that_takes_none_is_not_asked() -> None:

@@ -54,20 +54,20 @@ class Wire(asyncio.Transport):
         self.paused = False
         self.closing = False
         self.brought = 0
-        self.limits: tuple[int | None, int | None] = (None, None)
+        self.limits: list[int | None] = []
         self.lost: list[Connection] = []
         self._coming: deque[bytes] = deque()
         self.connection = Connection(
             loop or cast("asyncio.AbstractEventLoop", Still()), self.lost.append
         )
         self.connection.connection_made(self)
-        assert [*self.limits] == [HIGH, 0]  # `sent` can be exact only so
+        assert self.limits == [HIGH, 0]  # `sent` can be exact only so
 
     # What a connection does with its transport
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         """Note them."""
-        self.limits = (high, low)
+        self.limits = [high, low]
 
     def write(self, data: Any) -> None:
         """Keep it; all of it is with the kernel, unless that is stuck."""

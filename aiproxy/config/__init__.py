@@ -25,7 +25,7 @@ from aiproxy.config.model import (
     Tracing,
 )
 from aiproxy.config.schema import json_schema
-from aiproxy.config.units import Address, Rate, parse_address
+from aiproxy.config.units import Address, Rate, format_duration, parse_address
 from aiproxy.config.upstream import Timeouts, Upstream
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "Tracing",
     "Upstream",
     "changes",
+    "format_duration",
     "glob_covers",
     "json_schema",
     "load",

@@ -72,9 +72,6 @@ def _routes(config: Config, document: Document) -> Iterator[Mistake]:
         first.setdefault(route.model, index)
         if route.is_glob:
             globs.append(route.model)
-        if len(route.targets) > 1:
-            what = f"only the first, {shown(route.targets[0].name)}, is used in this version"
-            yield document.mistake(("routes", index, "upstreams", 1), what)
 
 
 def _key(key: Key, config: Config, document: Document, now: datetime) -> Iterator[Mistake]:

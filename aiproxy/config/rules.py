@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 NOT_YET: Mapping[str, str | int | bool | list[str] | None] = {
     "upstreams.*.propagate_trace": False,
-    "routes.*.account_objects": "allow",
     "limiter.store": "memory:",
     "limiter.on_error": "degrade",
     "streams.on_disconnect": "cancel",

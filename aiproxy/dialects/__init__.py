@@ -218,6 +218,7 @@ class NativeStream(Stream):
     def __init__(self, asked: Asked, output: re.Pattern[bytes]) -> None:
         super().__init__(asked)
         self.tally = Tally(output)
+        self._came = False
         self._kept = True
         self._spilling = False
         self._terminal: Outcome | None = None
@@ -231,7 +232,13 @@ class NativeStream(Stream):
             return b"" if self.over else raw
         out = self._after(raw) if self.over else self._read(raw)
         self._kept = bool(out)
+        self._came = self._came or not (self.over and self.outcome == "failed")
         return out
+
+    @property
+    def begun(self) -> bool:
+        """See `Stream`: any event, but for a failure as the very first one."""
+        return self._came
 
     @abstractmethod
     def _read(self, raw: bytes) -> bytes:
@@ -246,7 +253,7 @@ class NativeStream(Stream):
         if self.over:
             return b""
         if not self._spilling:
-            self._spilling = True
+            self._spilling = self._came = True
             self._terminal = self._begin_spill(part)
         if ends:
             self._spilling = False

@@ -27,7 +27,7 @@ _CHAT, _MESSAGES = ChatBridge(), MessagesBridge()
 
 
 def spoken(asked: Dialect, upstream: Upstream) -> Dialect:
-    """The dialect for an upstream that is known to serve what is asked for (see `routes.targets`).
+    """The dialect for an upstream that is known to serve what is asked for (see `routes.speaking`).
 
     Args:
         asked: the client's own dialect.

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+MOST_WAITING = 1000  # reads; who comes then is told so at once, not after the patience
+
 
 class Readers:
     """The threads, from their making on.
@@ -50,8 +52,10 @@ class Readers:
         """Read.
 
         Raises:
-            StoreError: it cannot be read, or not within `patience` seconds.
+            StoreError: it cannot be read, or not within `patience` seconds, or too many wait.
         """
+        if self._jobs.qsize() >= MOST_WAITING:
+            raise StoreError(f"{MOST_WAITING} reads wait already")
         job = Job(work)
         self._jobs.put(job)  # type: ignore[arg-type] # what it returns is for `settle` alone
         return await job.outcome(patience)
