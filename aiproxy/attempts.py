@@ -81,6 +81,7 @@ class Attempts:
         self._standings = standings
         self._left = call.snapshot.config.retries
         self._rounds = 0
+        self._acted = False  # an attempt before may have made output that is paid for
         self._not_before: dict[int, float] = {}  # by position: what they have asked for
         self._ask: Ask | None = None  # of the attempt that is made
         self._relay: Relay | None = None
@@ -256,7 +257,8 @@ class Attempts:
         began = self._relay is not None and self._relay.began
         unsafe = self._route.retry_unsafe and ask.result in _UNSAFE and not began
         if error.declared or not ask.acted or unsafe:
-            if not ask.acted:
+            self._acted = self._acted or ask.acted
+            if not self._acted:
                 self._call.exchange.asked = 0.0  # nothing was done that could be charged
             return _Again(error, sent=ask.sent, retry_after=ask.retry_after)
         return error

@@ -107,7 +107,8 @@ async def stops_reading(ran: Ran) -> None:
     await ran.read_until(client, b"Hello")
     client.pause()
     ran.gone_at = _now()
-    await (await ran.reached()).closed.wait()
+    async with asyncio.timeout(10):
+        await (await ran.reached()).closed.wait()
     with pytest.raises((IncompleteBody, ConnectionError)):
         await client.read_body()
 

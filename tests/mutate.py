@@ -6,8 +6,7 @@ It records once which test reaches which line, then runs for each mutant tests t
 of each test function, those that are most about the module first, until one fails or `--budget`
 seconds of them have passed. What hangs is caught. It all happens in a copy of the tree. With
 `--work` the copy stays, and so do record and verdicts: then only changed test files are recorded
-anew, and only new mutants are judged; with `--again` also those that survived, say with a larger
-budget or more tests.
+anew, and only new mutants are judged; with `--again` also those that survived, say by more tests.
 
 Why not a tool: mutmut passes over decorated functions and deletes no statements, and cosmic-ray
 runs the same tests for every mutant, which are minutes here.
@@ -73,10 +72,9 @@ def in_child(work: Path, run: Callable[[], int], seconds: float) -> int | None:
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
         os._exit(run())
-    status, ends = 0, time.monotonic() + seconds
+    ends = time.monotonic() + seconds
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < ends:
         time.sleep(0.02)
-    status = ended[1]
     try:
         os.killpg(child, signal.SIGKILL)  # daemons that its tests have started, too
     except ProcessLookupError:
@@ -84,7 +82,7 @@ def in_child(work: Path, run: Callable[[], int], seconds: float) -> int | None:
     if ended[0] == 0:
         os.waitpid(child, 0)
         return None
-    return os.waitstatus_to_exitcode(status)
+    return os.waitstatus_to_exitcode(ended[1])
 
 
 def recorded(tests: str, out: Path) -> int:
@@ -173,9 +171,8 @@ class Record:
         named = {word.rstrip("s") for word in re.split(r"[/_.]", mutant.file)} - {"py"}
 
         def cost(test: str) -> float:
-            worth = about[test] * (
-                1 + 4 * sum(word in test.split("::", maxsplit=1)[0] for word in named)
-            )
+            ours = sum(word in test.partition("::")[0] for word in named)
+            worth = about[test] * (1 + 4 * ours)
             return (self._seconds[test] + 0.03) / worth if worth else math.inf
 
         columns = [sorted(tests, key=cost) for tests in functions.values()]
@@ -247,8 +244,7 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="judge the survivors again")
     parser.add_argument("--control", action="store_true", help="first judge unchanged modules")
     args = parser.parse_args()
-    work = args.work or Path(tempfile.mkdtemp(prefix="mutate-"))
-    work = work.resolve()
+    work = (args.work or Path(tempfile.mkdtemp(prefix="mutate-"))).resolve()
     ignored = shutil.ignore_patterns("__pycache__", "node", "real", ".*")
     for name in TREE:
         if (ROOT / name).is_dir():
@@ -281,6 +277,8 @@ def main() -> int:
             verdict = verdicts[mutant.name] = record.judge(work, mutant, args.budget)
             say(f"{verdict:8} {time.monotonic() - begun:5.1f} s  {mutant.name}")
             kept.write_text(json.dumps(verdicts, indent=1))
+    if not args.work:
+        shutil.rmtree(work)
     return told(areas, [(mutant, verdicts[mutant.name]) for mutant in sample])
 
 

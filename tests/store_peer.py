@@ -72,7 +72,9 @@ async def answer(store: SqliteSessions, do: str, **told: Any) -> Any:
 
 
 async def main(file: str, max_bytes: str) -> None:
-    """Open, do, close."""
+    """Open when told to, do, close."""
+    print(json.dumps({"waits": file}), flush=True)  # noqa: T201 - told
+    await asyncio.to_thread(sys.stdin.readline)
     store = SqliteSessions(Path(file), patience=20.0)
     store.open()
     store.configure(ttl=0, max_bytes=int(max_bytes))
@@ -130,11 +132,20 @@ class Peer:
 
 
 @asynccontextmanager
-async def peer(file: Path, max_bytes: int = 1 << 30) -> AsyncIterator[Peer]:
-    """Start one, and wait until it has the file open; it is killed unless it was closed."""
+async def peer(
+    file: Path, max_bytes: int = 1 << 30, *, together: asyncio.Barrier | None = None
+) -> AsyncIterator[Peer]:
+    """Start one, and wait until it has the file open; it is killed unless it was closed.
+
+    With `together` it opens the file when all others that wait there do.
+    """
     command = (sys.executable, __file__, str(file), str(max_bytes))
     process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, limit=2**24)
     async with Peer(process) as one:
+        assert await one.line() == {"waits": str(file)}
+        if together is not None:
+            await together.wait()
+        one.tell("open")
         assert await one.line() == {"open": str(file)}
         yield one
 

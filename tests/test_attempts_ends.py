@@ -49,6 +49,34 @@ async def test_an_empty_answer_over_a_bridge_without_its_last_frame(
         await rig.check(stream=seen.body, completed=True)
 
 
+# A client that leaves
+
+
+@pytest.mark.parametrize(("first", "pays"), [("silent", True), ("overloaded", False)])
+async def test_who_leaves_between_attempts_pays_for_one_that_may_have_acted(
+    first: str,
+    pays: bool,  # noqa: FBT001
+) -> None:
+    """With `retry_unsafe` a silent upstream may have worked, whatever the next one says."""
+    options: dict[str, Any] = {
+        "route": {"retry_unsafe": True},
+        "timeouts": {"first_byte": "150ms"},
+        "breaker": {"failures": 1, "cooldown": "4s"},  # that long both are waited for
+    }
+    async with targets(retries=2, **options) as rig:
+        rig["a"].script([Stall()] if first == "silent" else refusal(503))
+        rig["b"].script(refusal(503))
+        async with await rig.begin() as client:
+            await rig["b"].wait_request()
+            await asyncio.sleep(0.1)
+            await client.close()
+        (line,) = await rig.lines(1)
+        assert (line["outcome"], line["attempts"]) == ("client_disconnected", 2)
+        assert (line["input_tokens"] > 0, line["estimated"]) == (pays, pays)
+        await nothing_held(rig)
+        await rig.check()
+
+
 # One that cannot be asked
 
 

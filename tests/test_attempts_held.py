@@ -146,7 +146,7 @@ async def test_a_failed_json_answer_with_output_does_not_move_on(
     async with targets() as rig:
         error = {"code": "server_error", "message": "no"}
         usage = {"input_tokens": 5, "output_tokens": tokens, "total_tokens": 5 + tokens}
-        failed = responses_json() | {"status": "failed", "error": error, "usage": usage}
+        failed = responses_json(items=[]) | {"status": "failed", "error": error, "usage": usage}
         rig["a"].script(json_answer(failed))
         seen = await rig.ask()
         assert rig.got == asked

@@ -186,9 +186,9 @@ async def test_what_comes_back_after_a_reload_is_closed(
     pool.release(unused)
     pool.retire()
     await gone(upstream.requests[0])
-    was_closed = used.closed
+    states = [used.closed]
     pool.release(used)
-    assert (was_closed, used.closed) == (False, True)
+    assert [*states, used.closed] == [False, True]
     assert (list(pool._idle), pool._sweeper) == ([], None)
 
 
