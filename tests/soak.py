@@ -48,8 +48,8 @@ ROUNDS = 10
 WARM = 40  # decks: by then all caches are full
 START_LIMIT = 30.0  # seconds
 PATIENCE = 20.0  # seconds for the daemon to come to rest
-STILL = 5  # times that it holds the same, one after another, to be at rest
-PAUSE = 0.02  # seconds between these
+STILL = 3  # times that it holds the same, one after another, to be at rest
+PAUSE = 0.03  # seconds between these
 # So that all memory is allocated by the C library, from one heap, without caches of freed blocks.
 ALLOCATION = {
     "PYTHONMALLOC": "malloc",
