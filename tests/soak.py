@@ -345,14 +345,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=0.0, help="instead of these")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--warm", type=int, default=WARM, help=f"decks of {STREAMS} streams")
-    parser.add_argument("--store", default="memory:", help="of sessions; sqlite: a file")
+    parser.add_argument("--store", choices=["memory:", "sqlite"], default="memory:")
     parser.add_argument("--leak", choices=sorted(LEAKS), default="")
     parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds, to be at rest")
     options = vars(parser.parse_args(arguments))
     wanted = max(options.pop("streams") / STREAMS, options.pop("aborts") / LEAVING)
     decks = -int(-wanted // options["rounds"])
     with tempfile.TemporaryDirectory(prefix="aiproxy-soak-") as folder:
-        if options["store"] == "sqlite:":
+        if options["store"] == "sqlite":
             options["store"] = f"sqlite:{folder}/sessions.db"
         report = uvloop.run(soak(Path(folder), Plan(decks, **options)))
     left = ", ".join(f"{many} {phase}" for phase, many in report.left.items())
