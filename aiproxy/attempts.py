@@ -245,7 +245,7 @@ class Attempts:
     def _settle(self) -> None:
         """No other attempt follows: what one would need is given back."""
         call = self._call
-        self._envelope = None
+        self._envelope = self._asked.envelope = None
         self._left = 0
         call.hold.release(0 if call.conversation is None else call.conversation.holding)
 

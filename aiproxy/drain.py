@@ -73,6 +73,7 @@ class Drain:
             await self._wait(self._now() + bounds.delay)
             self._seen |= proxy.live
             await self._stop_accepting()
+            self._seen |= proxy.live
             self._ends = self._now() + (bounds.timeout or _NEVER)
             await self._until(self._is_idle, self._ends)
             cut = set(proxy.live)

@@ -203,6 +203,11 @@ class Connection(RequestHandler):
         client.set_write_buffer_limits(high=WRITE_HIGH)
         if (sock := transport.get_extra_info("socket")) is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+            if self._listener.client_write and sock.family != socket.AF_UNIX:
+                # Else a peer that is gone without a word would be sent to until its stream ends:
+                # what the kernel holds for it counts as sent.
+                patience = int(self._listener.client_write * 1000)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
         super().connection_made(transport)
         self._expect_head()
 

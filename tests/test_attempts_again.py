@@ -564,7 +564,8 @@ async def test_an_empty_stream_is_the_end() -> None:
         await rig.check()
 
 
-async def test_a_stream_keeps_no_body_of_its_request() -> None:
+@pytest.mark.parametrize("api", ["responses", "chat", "messages"])
+async def test_a_stream_keeps_no_body_of_its_request(api: Api) -> None:
     """Once nothing can be tried again the body is given back, however long the answer lasts."""
 
     def bodies() -> int:
@@ -573,10 +574,10 @@ async def test_a_stream_keeps_no_body_of_its_request() -> None:
 
     async with targets("a") as rig:
         before = bodies()
-        events = events_of("chat")
+        events = events_of(api)
         going = asyncio.Event()
         rig["a"].script(frames(*events[:-1])[:-1], Wait(going), frames(*events[-1:])[1:])
-        client = await rig.begin("chat", streamed=True)
+        client = await rig.begin(api, streamed=True)
         await client.read_head()
         await client.read_chunk()
         kept = bodies() - before

@@ -116,7 +116,10 @@ async def test_a_delete_is_one_for_both(
 async def test_a_parent_that_the_other_deletes_while_a_turn_is_made(
     two: Two, upstream: ScriptedUpstream, tmp_path: Path
 ) -> None:
-    """The stream ends as the upstream ends it; the turn is there, and cannot be continued."""
+    """The turn that cannot be kept is told as failed, never as one that can be continued.
+
+    The one that deletes does not know what is being made at the other: the whole conversation goes.
+    """
     one, other = two
     first = await turn(one, f"{CANARY} one")
     go_on = asyncio.Event()
@@ -130,9 +133,10 @@ async def test_a_parent_that_the_other_deletes_while_a_turn_is_made(
     assert files_with(tmp_path, CANARY) == []
     go_on.set()
     second = response_of(await client.answer())
-    assert second["status"] == "completed"
+    assert second["status"] == "failed"
+    assert second["error"]["message"].startswith("[store_unavailable] ")
     for proxy in two:
-        assert (await use(proxy, "get", second["id"])).status == 200
+        NOT_FOUND.check(await use(proxy, "get", second["id"]))
         NO_PARENT.check(await use(proxy, "continue", second["id"]))
     assert files_with(tmp_path, CANARY) == []
 

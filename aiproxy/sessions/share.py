@@ -60,12 +60,17 @@ class Shares:
         self._order = sorted((share.size, owner) for owner, share in self.by_owner.items())
 
     def add(self, owner: str, size: int, turns: int = 1) -> None:
-        """Count turns that were put."""
+        """Count turns that were put.
+
+        Nobody holds less than nothing: what is removed may have been put by another process, and
+        not be counted here yet.
+        """
         share = self.by_owner.get(owner)
         if share is None:
             share = self.by_owner[owner] = Share()
         else:
             self._take_out(owner, share)
+        size, turns = max(size, -share.size), max(turns, -share.turns)
         share.size += size
         share.turns += turns
         self.size += size

@@ -6,6 +6,7 @@ seen when the next transaction begins. It does not know which conversations are 
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,7 +15,6 @@ from aiproxy.sessions import Head, NoRoomError, Pins, Shares
 from aiproxy.stores.sqlite_file import VERSION
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Callable, Iterable
 
     from aiproxy.sessions import Removal, Turn
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 STEP = 64  # turns that are removed in one transaction
 MOST_OWED = 64 * 1024 * 1024  # bytes over its bound that the file may take for a moment
 GIVING_WAY = 0.25  # seconds of a transaction in which others give way to what it has put
+LOOK = 0.001  # seconds until a locked file is tried again
 RECOUNT = 1.0  # seconds at least between two counts of all owners, while others write
 FIRST = -1.0  # `used` of a conversation that is being removed: before all others
 _GONE: tuple[Removal, ...] = ("deleted", "ttl", "size")  # by the value of `gone`; 0: it is not
@@ -85,7 +86,8 @@ class Book:
         self._load()
 
     def _load(self) -> None:
-        self._execute("BEGIN IMMEDIATE")
+        self._execute("PRAGMA busy_timeout = 0")  # see `_lock`
+        self._lock()
         self._execute("DELETE FROM conversations WHERE turns <= 0")
         self._catch_up()
         self._execute("COMMIT")
@@ -116,9 +118,27 @@ class Book:
 
     def begin(self) -> None:
         """Begin a transaction; waits for others that have the file locked."""
-        self._execute("BEGIN IMMEDIATE")
+        self._lock()
         self._owed_before = self._owed
         self._catch_up()
+
+    def _lock(self) -> None:
+        """Lock the file, at once when others release it.
+
+        SQLite itself would look again ever more seldom: beside one that writes all the time its
+        turn would not come.
+        """
+        until = time.monotonic() + self._patience
+        while True:
+            try:
+                self._execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+                if not busy or time.monotonic() >= until:
+                    raise
+                time.sleep(LOOK)
+            else:
+                return
 
     def commit(self) -> None:
         """Make durable what was done."""
@@ -146,12 +166,8 @@ class Book:
         Nobody is waited for: `stale` says whether somebody who reads, for a backup say, was in the
         way.
         """
-        self._execute("PRAGMA busy_timeout = 0")
-        try:
-            busy, _, _ = self._execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            self.stale = bool(busy)
-        finally:
-            self._execute(f"PRAGMA busy_timeout = {int(self._patience * 1000)}")
+        busy, _, _ = self._execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        self.stale = bool(busy)
 
     @property
     def crowded(self) -> bool:
