@@ -277,7 +277,9 @@ async def test_stopping_comes_as_the_drain_begins(
     await client.read_head()
     begun = await client.read_until(frames[4])
     drain = asyncio.create_task(proxy.daemon.drain())
-    assert await one_manager.next() == {"STOPPING": "1", "STATUS": "Draining 1 requests"}
+    status = "Draining: 1 of 1 requests left, at most 5s more"
+    assert await one_manager.next() == {"STOPPING": "1", "STATUS": status}
+    assert await one_manager.next() == {"EXTEND_TIMEOUT_USEC": "60000000", "STATUS": status}
     assert await one_manager.next(watchdog=True)  # a drain is watched, too
     assert not drain.done()
     go_on.set()
