@@ -851,6 +851,8 @@ async def test_the_life_of_a_service(config: Callable[..., Path], manager: Manag
         assert refused["STATUS"].startswith(f"{status}; the reload of ")
 
         running.send_signal(signal.SIGTERM)
-        assert await manager.next() == {"STOPPING": "1", "STATUS": "Draining 0 requests"}
+        draining = "Draining: 0 of 0 requests left, at most 5s more"
+        assert await manager.next() == {"STOPPING": "1", "STATUS": draining}
+        assert await manager.next() == {"EXTEND_TIMEOUT_USEC": "60000000", "STATUS": draining}
         assert (await ended(running))[0] == 0
         assert manager.senders == {running.pid}
