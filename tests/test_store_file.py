@@ -372,6 +372,24 @@ async def test_too_many_reads_are_refused_at_once(
     await store.close()
 
 
+async def test_a_fault_in_a_read_is_told_to_who_reads(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is no failure of the file is a bug of ours, and is told as it is; the thread goes on."""
+    store = opened(file)
+    await store.put(turn("a"))
+
+    def broken(*_given: Any) -> Any:
+        raise ValueError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite_reader.Reader, "load", broken)
+        with pytest.raises(ValueError, match="broken"):
+            await store.load(ALICE, "a")
+    assert (await store.load(ALICE, "a")).result == "hit"
+    await store.close()
+
+
 async def waits(store: SqliteSessions, reads: int) -> None:
     """Assert that so many reads wait for a thread."""
     assert store._readers._jobs.qsize() == reads
