@@ -18,7 +18,7 @@ import msgspec
 from aiproxy import errors, headers
 from aiproxy.config import ConfigError
 from aiproxy.errors import ProxyError
-from aiproxy.listener import check_head
+from aiproxy.head import check_head
 from aiproxy.metrics import CONTENT_TYPE
 from aiproxy.reply import Reply
 from aiproxy.status import page

@@ -17,7 +17,7 @@ from aiproxy.counting import Counting
 from aiproxy.dialects.chat import Chat, Embeddings
 from aiproxy.dialects.messages import CountTokens, Messages
 from aiproxy.dialects.responses import InputTokens, Responses
-from aiproxy.listener import check_head
+from aiproxy.head import check_head
 from aiproxy.proxy import shape_of
 from aiproxy.stored import Stored, act
 

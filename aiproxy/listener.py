@@ -7,13 +7,12 @@ of aiohttp 3.14 are used, each where it says so.
 
 from __future__ import annotations
 
-import re
 import socket
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from aiohttp import http_parser, web
-from aiohttp.http import HttpRequestParser, HttpVersion10, HttpVersion11
+from aiohttp.http import HttpRequestParser
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import ERROR, RequestHandler, _ErrInfo
@@ -44,10 +43,6 @@ MAX_QUEUED = 8  # requests likewise
 LATE = web.RequestKey("late", bool)  # marks a request that comes after the time for it
 LINGER = 2.0  # seconds of reading on after an answer that came before the request's end
 
-# uri-host [ ":" port ] (RFC 9110 section 7.2, RFC 3986 section 3.2.2); empty is allowed.
-_HOST = re.compile(
-    r"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?", re.ASCII
-)
 # aiohttp's stand-in for a request that it could not parse, with headers that can be asked.
 _UNPARSED = ERROR._replace(headers=CIMultiDictProxy(CIMultiDict()))
 
@@ -375,29 +370,3 @@ def _plain(error: ProxyError, request_id: str) -> bytes:
         "Connection: close",
     ]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + body
-
-
-def check_head(request: BaseRequest) -> str:
-    """The path of a request whose head is unambiguous, without its query.
-
-    Raises:
-        ProxyError: HTTP other than 1.0 and 1.1, another form than origin-form, a Host that names no
-            host, a framing that two parsers could read in two ways (RFC 9112 sections 2.3, 3.2,
-            6.1).
-    """
-    if request.version not in (HttpVersion10, HttpVersion11):
-        raise errors.invalid_http("Only HTTP/1.0 and HTTP/1.1 are supported.")
-    target = request.raw_path
-    if not target.startswith("/") or "#" in target or request.method == "CONNECT":
-        raise errors.invalid_http("The request target must be in origin-form.")
-    headers = request.headers
-    if not _HOST.fullmatch(headers.get("Host", "")):
-        raise errors.invalid_http("The Host field must name a host.")
-    if "Transfer-Encoding" in headers:
-        if request.version == HttpVersion10:
-            raise errors.invalid_http("Transfer-Encoding is not defined for HTTP/1.0.")
-        if "Content-Length" in headers:
-            raise errors.invalid_http("Transfer-Encoding and Content-Length exclude each other.")
-        if headers["Transfer-Encoding"].strip().lower() != "chunked":
-            raise errors.invalid_http("Only the chunked transfer coding is supported.")
-    return target.partition("?")[0]
