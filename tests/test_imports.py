@@ -9,7 +9,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "aiproxy"
 
 CONNECTED = "config stores upstream upstream_answer upstream_connection upstream_errors "
-CONNECTED += "upstream_pool watch body head listener reply metrics logs tracing systemd aside first descriptors"
+CONNECTED += "upstream_pool watch body head listener reply metrics logs tracing systemd aside "
+CONNECTED += "first descriptors"
 # Bottom to top. At runtime a module imports from lower layers only, save SAME_LAYER and NARROW.
 LAYERS = [
     "errors sse usage headers jsontext coding prompt_size",
