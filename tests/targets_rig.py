@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -185,6 +186,17 @@ class Rig:
         await check_invariants(
             self.proxy, self.group, baseline=self.baseline, bodies=bodies, **options
         )
+
+
+async def cooled(rig: Rig, name: str = "a") -> None:
+    """Wait until the cooldown of an upstream that is left alone has passed."""
+
+    async def holds() -> None:
+        breaker = rig.proxy.daemon._proxy.standings._known[name][1].breaker
+        assert breaker.state == "open"
+        assert breaker.wait(time.monotonic()) == 0.0
+
+    await eventually(holds)
 
 
 async def nothing_held(rig: Rig) -> None:

@@ -1,6 +1,7 @@
 """How attempts end in odd places: nothing is left owed, held or told of the wrong upstream."""
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from aiproxy.watch import Watch
 from answers import sse
 from client import parse_sse
 from faults import check_charge, check_error
+from invariants import eventually
 from responses import responses_json
 from sessions_rig import Holder, turn
 from targets_rig import Rig, frames, nothing_held, refusal, refusing, said, targets
@@ -52,6 +54,11 @@ async def test_an_empty_answer_over_a_bridge_without_its_last_frame(
 # A client that leaves
 
 
+async def left_alone(rig: Rig) -> None:
+    """Assert that both upstreams have failed: the request waits for one of them."""
+    assert await rig.states() == {"a": "open", "b": "open"}
+
+
 @pytest.mark.parametrize(("first", "pays"), [("silent", True), ("overloaded", False)])
 async def test_who_leaves_between_attempts_pays_for_one_that_may_have_acted(
     first: str,
@@ -68,7 +75,7 @@ async def test_who_leaves_between_attempts_pays_for_one_that_may_have_acted(
         rig["b"].script(refusal(503))
         async with await rig.begin() as client:
             await rig["b"].wait_request()
-            await asyncio.sleep(0.1)
+            await eventually(partial(left_alone, rig))
             await client.close()
         (line,) = await rig.lines(1)
         assert (line["outcome"], line["attempts"]) == ("client_disconnected", 2)

@@ -10,7 +10,7 @@ from faults import check_error, events_of, json_of
 from invariants import eventually
 from refusals import Refusal
 from steps import Step
-from targets_rig import NEVER, Rig, config, frames, refusal, refusing, said, targets
+from targets_rig import NEVER, Rig, config, cooled, frames, refusal, refusing, said, targets
 from upstream import (
     Finish,
     Garbage,
@@ -145,7 +145,7 @@ async def test_it_is_probed_and_closes() -> None:
         rig["a"].script(refusal(500))
         await rig.ask()
         assert (await rig.ask()).answer.status == 503
-        await asyncio.sleep(0.2)  # the cooldown itself
+        await cooled(rig)
         assert said("responses", (await rig.ask()).answer) == "from a"
         assert rig.told("a") == [
             "upstream left alone",
@@ -161,7 +161,7 @@ async def test_there_is_one_probe() -> None:
     async with targets("a", retries=0, breaker=SHORT) as rig:
         rig["a"].script(refusal(500))
         await rig.ask()
-        await asyncio.sleep(0.2)
+        await cooled(rig)
         going = asyncio.Event()
         rig["a"].script(Wait(going), json_answer(json_of("responses")))
         probe = await rig.begin()
@@ -183,7 +183,7 @@ async def test_a_probe_whose_client_leaves() -> None:
     async with targets("a", retries=0, breaker=SHORT) as rig:
         rig["a"].script(refusal(500))
         await rig.ask()
-        await asyncio.sleep(0.2)
+        await cooled(rig)
         rig["a"].script(Stall())
         probe = await rig.begin()
         request = await rig["a"].wait_request(2)
@@ -201,7 +201,7 @@ async def test_an_old_request_that_ends_is_no_probe() -> None:
         first = await rig["a"].wait_request(1)
         rig["a"].script(refusal(500))
         await rig.ask()
-        await asyncio.sleep(0.2)
+        await cooled(rig)
         rig["a"].script(Stall())
         await rig.begin()
         await rig["a"].wait_request(3)

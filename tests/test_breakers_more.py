@@ -10,7 +10,7 @@ import pytest
 from aiproxy.breaker import Breaker
 from aiproxy.standing import Standing
 from faults import events_of
-from targets_rig import NEVER, Rig, config, frames, refusal, said, targets
+from targets_rig import NEVER, Rig, config, cooled, frames, refusal, said, targets
 from upstream import Reset, ScriptedUpstream, Stall, Wait
 
 ONCE = {"failures": 1, "cooldown": "100ms", "max_cooldown": "10s"}
@@ -28,7 +28,7 @@ async def half_open(rig: Rig) -> None:
     rig["a"].script(refusal(500))
     await rig.ask()
     assert await rig.states() == {"a": "open"}
-    await asyncio.sleep(0.1)  # the cooldown itself
+    await cooled(rig)
 
 
 # Requests that began before
@@ -176,7 +176,7 @@ async def test_a_probe_that_begins_and_breaks_off() -> None:
         for _ in range(3):
             rig["a"].script(refusal(500))
             await rig.ask()
-        await asyncio.sleep(0.1)  # the cooldown itself
+        await cooled(rig)
         rig["a"].script(frames(*events_of("responses")[:5], end=Reset()))
         await rig.ask(streamed=True)
         assert await rig.states() == {"a": "open"}

@@ -242,7 +242,7 @@ async def test_what_was_sent_in_time_is_served_however_late_it_is_read(
         with socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM) as same:
             same.send(request)
         made.append(open_and_send(("127.0.0.1", proxy.port), request))
-        time.sleep(0.25)
+        time.sleep(0.25)  # the loop is late: that is the case
 
     task = draining(proxy)
     asyncio.get_running_loop().call_later(0.1, block)
@@ -332,9 +332,9 @@ async def test_systemd_is_asked_for_time_while_streams_live(
         client, _ = streams.pop(0)
         await client.read_body()
     await ended(task)
-    manager.take_all()
-    await asyncio.sleep(0.2)
-    assert manager.take_all() == []
+    report = proxy.daemon._drain._report
+    assert report is not None
+    assert report.cancelled()  # nothing more is told
 
 
 async def test_a_drain_without_end(
@@ -350,7 +350,7 @@ async def test_a_drain_without_end(
     for _ in range(2):
         assert status_of(await manager.next()) == (1, 1, "")
     await serves(proxy, "none")
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(0.3)  # longer than any wait of the drain here
     assert not task.done()
     go_on.set()
     assert got + await client.read_body() == b"".join(FRAMES)
