@@ -276,6 +276,8 @@ class Attempts:
         if call.answer.produced is not None:
             await call.keep(call.answer.produced)
         call.send_json(200, call.answer.body, answer.passed_on())
+        if (trace := call.exchange.trace) is not None and trace.holds_content:
+            trace.keep_answer(call.answer.body, streamed=False)
         if call.reply.blocked:
             call.await_client()
             await call.reply.drain()
@@ -339,6 +341,7 @@ async def send(call: Call, way: Way, envelope: Envelope, ask: Ask, *, again: boo
         call.request.headers.items(),
         request_id=call.exchange.request_id,
         size=len(body),
+        trace=call.exchange.trace,
     )
     try:
         return await call.watch.attempt(ask.send(head, body))

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from aiproxy.prompt_size import Size
     from aiproxy.recent import Estimate, Recent
     from aiproxy.snapshot import Snapshot
+    from aiproxy.trace import Trace
     from aiproxy.usage import Reason, Usage
 
 CLIENT_LEFT = 499  # what the log says of a client that left first, as nginx does
@@ -66,6 +67,7 @@ class Call:
         recorder: Recorder,
         buffered: Buffered,
         recent: Recent,
+        trace: Trace | None,
     ) -> None:
         given = headers.request_id(request.headers.get(headers.REQUEST_ID))
         self.request = request
@@ -79,6 +81,7 @@ class Call:
             clock=time.monotonic,
             started=time.monotonic(),
             client=snapshot.client_of(request),
+            trace=trace,
         )
         self.watch = Watch(asyncio.get_running_loop(), total=snapshot.config.timeouts.total)
         self.hold = Hold(buffered)
@@ -101,6 +104,8 @@ class Call:
         self.exchange.upstream = way.target.upstream.name
         self.exchange.answered = 0.0
         self.exchange.upstream_request_id = ""
+        if (trace := self.exchange.trace) is not None:
+            trace.asked, trace.model = way.spoken.api, way.target.model or way.asked.model
         self.watch.bound(way.target.upstream.timeouts.total)
 
     # -- answering

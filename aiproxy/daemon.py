@@ -37,6 +37,7 @@ from aiproxy.status import Status
 from aiproxy.stores.level_file import state_directory
 from aiproxy.stores.memory import MemoryLimits
 from aiproxy.systemd import Notifier, inherited_sockets
+from aiproxy.tracing import Tracing
 
 if TYPE_CHECKING:
     import socket
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from aiproxy.logs import Stream
     from aiproxy.reload import Source
 
+LAST_SPANS = 5.0  # seconds for the spans that wait when the daemon ends
 SWITCH_INTERVAL = 0.001  # seconds: a scrape in a thread may keep the event loop waiting this long
 # A request makes a few hundred objects, nearly all freed by reference counting: with Python's own
 # thresholds the collector runs every few requests to find nothing.
@@ -104,7 +106,8 @@ class Daemon:
             self._limits, state, metrics=self._metrics, log=self._log.process
         )
         self._sessions = SessionGate(config.sessions, metrics=self._metrics, log=self._log.process)
-        recorders = Recorders(self._metrics, self._log)
+        self._tracing = Tracing()
+        recorders = Recorders(self._metrics, self._log, self._tracing)
         self._proxy = Proxy(
             self._snapshot,
             self._limits,
@@ -112,10 +115,11 @@ class Daemon:
             recorders,
             Standings(config, recorders.upstream),
             self._log.process,
+            self._tracing,
         )
         self._reloader = Reloader(
             path,
-            source,
+            partial(self._read, source),
             self._put,
             metrics=self._metrics,
             log=self._log.process,
@@ -165,6 +169,7 @@ class Daemon:
         except OSError:
             await self._close_sockets()
             await self._sessions.stop()
+            self._tracing.stop()
             raise
         self._levels.start()
         self._sessions.start()
@@ -181,11 +186,18 @@ class Daemon:
         self._notifier.ready(self._reloader.status)
         self._pulse.start()
 
+    def _read(self, source: Source) -> Loaded:
+        """What the file says. Beside the event loop, hence also what tracing takes its time for."""
+        loaded = source()
+        self._tracing.prepare(loaded.config.tracing)
+        return loaded
+
     def _put(self, snapshot: Snapshot) -> None:
         """Put a configuration in force; awaits nothing."""
         self._snapshot = snapshot
         self._limits.configure(snapshot.config)
         self._sessions.configure(snapshot.config.sessions)
+        self._tracing.configure(snapshot.config.tracing)
         self._proxy.put(snapshot)
         config = snapshot.config
         self._log.configure(level=config.log.level, fmt=self._log_format(config))
@@ -274,9 +286,17 @@ class Daemon:
         await self._close_sockets()
         await self._levels.stop()
         await self._sessions.stop()
+        await self._end_tracing()
         self._pulse.stop()
         self.log.info("stopped")
         self._log.close()
+
+    async def _end_tracing(self) -> None:
+        """Send the spans that wait; a collector that does not take them holds up no end."""
+        self._tracing.stop()
+        ended = partial(self._tracing.join, LAST_SPANS)
+        if not await asyncio.get_running_loop().run_in_executor(None, ended):
+            self.log.warning("spans lost", reason="the collector did not take them in time")
 
     async def _close_sockets(self) -> None:
         await self.clients.close()

@@ -1,4 +1,4 @@
-"""What is known of one request: it becomes its log line and its metrics, once, when it ends.
+"""What is known of one request: it becomes its log line, metrics and spans, once, when it ends.
 
 `finish(outcome)` is the only end. It awaits nothing and may be called any number of times; the
 first call counts. What it is written to is given by the one who makes the exchange.
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from aiproxy.errors import Outcome
     from aiproxy.sessions import LoadResult
+    from aiproxy.trace import Trace
     from aiproxy.usage import Reason, Usage
 
 Endpoint = Literal[
@@ -73,6 +74,7 @@ class Exchange:
     bytes_in: int = 0
     bytes_out: int = 0
     streaming: bool = False  # the client has got the head of a stream
+    trace: Trace | None = None
 
     def __post_init__(self) -> None:
         """Count the request as begun."""

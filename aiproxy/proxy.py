@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from aiproxy.session_gate import SessionGate
     from aiproxy.snapshot import Snapshot
     from aiproxy.standing import Standings
+    from aiproxy.tracing import Tracing
 
 
 class Proxy:
@@ -65,12 +66,14 @@ class Proxy:
         recorder: Recorder,
         standings: Standings,
         log: FilteringBoundLogger,
+        tracing: Tracing,
     ) -> None:
         self.snapshot = snapshot
         self._limits = limits
         self._sessions = sessions
         self._recorder = recorder
         self._log = log
+        self._tracing = tracing
         self._buffered = Buffered(snapshot.config.max_buffered)
         self._recent = Recent()
         self.standings = standings
@@ -155,6 +158,7 @@ class Proxy:
             recorder=self._recorder,
             buffered=self._buffered,
             recent=self._recent,
+            trace=self._tracing.begin(request),
         )
         if self.draining:
             call.reply.keep_alive = False
@@ -189,6 +193,8 @@ class Proxy:
         envelope, call.size = await self.receive(call)
         asked = call.asked = dialect.request(envelope)
         asked.clock = time.time
+        if (trace := call.exchange.trace) is not None and trace.sampled:
+            trace.keep_request(dialect.api, envelope, envelope.raw)
         route = self.choose(call, asked, key)
         auth.permit(key, envelope)
         await self.restrict(route, envelope)

@@ -1,4 +1,4 @@
-"""Where what happens is written: requests and upstreams, to the metrics and to the log."""
+"""Where what happens is written: requests and upstreams, to the metrics, the log and the traces."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ if TYPE_CHECKING:
     from aiproxy.exchange import Exchange
     from aiproxy.logs import Log
     from aiproxy.metrics import Metrics
+    from aiproxy.tracing import Tracing
 
 
 class Recorders:
     """See `exchange.Recorder`."""
 
-    def __init__(self, metrics: Metrics, log: Log) -> None:
+    def __init__(self, metrics: Metrics, log: Log, tracing: Tracing) -> None:
         self._metrics = metrics
         self._log = log
+        self._tracing = tracing
 
     def begin(self, exchange: Exchange) -> None:
         """A request was received."""
@@ -26,6 +28,7 @@ class Recorders:
         """It ended."""
         self._metrics.record(exchange)
         self._log.record(exchange)
+        self._tracing.record(exchange)
 
     def upstream(self, name: str, state: State, reason: Reason, seconds: float) -> None:
         """An upstream is left alone from now on, or takes requests again."""

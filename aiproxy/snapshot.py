@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from aiproxy.auth import Keyring
 from aiproxy.routes import Router
-from aiproxy.upstream import Client
+from aiproxy.upstream_client import Client
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

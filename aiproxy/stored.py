@@ -123,6 +123,7 @@ class Stored:
             request_id=exchange.request_id,
             size=0,
             method=method,
+            trace=exchange.trace,
         )
         ask = Ask(
             client, self._proxy.standings.of(client.upstream), exchange, call.watch, shape="openai"

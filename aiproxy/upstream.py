@@ -11,25 +11,21 @@ from __future__ import annotations
 import asyncio
 import time
 from typing import TYPE_CHECKING, NoReturn, Self
-from urllib.parse import quote
-
-from yarl import URL
 
 from aiproxy import errors, headers
 from aiproxy.coding import CODINGS, Decoder, UndecodableError
 from aiproxy.errors import ProxyError
 from aiproxy.upstream_errors import UNDECODABLE, Failure, asked_for, passed_on, whole_seconds
-from aiproxy.upstream_pool import Pool, tls
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from types import TracebackType
 
-    from aiproxy.config import Upstream
     from aiproxy.errors import Shape
     from aiproxy.exchange import AttemptResult, Exchange
     from aiproxy.standing import Standing
+    from aiproxy.trace import Attempt
     from aiproxy.upstream_answer import Head
+    from aiproxy.upstream_client import Client
     from aiproxy.upstream_connection import Connection
     from aiproxy.watch import Watch
 
@@ -37,107 +33,11 @@ MAX_ANSWER = 64 * 1024 * 1024  # bytes of a JSON answer
 MAX_REFUSAL = 64 * 1024  # bytes of an error body
 REFUSAL = 2.0  # seconds for the body of a refusal, which says enough by its status
 MAX_PIECE = 256 * 1024  # bytes of an answer that are decoded at a time
-ANTHROPIC_VERSION = "2023-06-01"  # where the client names none (API reference, "Versions")
 
 _EMPTY = frozenset({204, 205})  # successes without content (RFC 9110 section 15.3)
 _NO_CREDENTIAL = (401, 403)
 _NOT_ACTED = (429, 503, 529)  # who says this has not done what it was asked for
 _PASSED_ON = frozenset({400, 404, 409, 413, 422, 429})
-
-
-class Client:
-    """The connections to one upstream, and what every request to it begins with."""
-
-    def __init__(self, upstream: Upstream) -> None:
-        self.upstream = upstream
-        self.timeouts = upstream.timeouts
-        base = URL(upstream.url, encoded=True)
-        self.pool = Pool(
-            base.raw_host or "",
-            base.port or 0,
-            tls(upstream.ca_file) if base.scheme == "https" else None,
-            upstream.idle_connections,
-        )
-        self._base = base
-        # What a client cannot set, whatever `header_allow` says.
-        self._own = frozenset({headers.REQUEST_ID, *(name.lower() for name in upstream.headers)})
-        self._fixed: dict[str, str] = {}  # by API: there are four
-
-    def request_head(
-        self,
-        api: str,
-        target: str,
-        received: Iterable[tuple[str, str]],
-        *,
-        request_id: str,
-        size: int,
-        method: str = "POST",
-    ) -> bytes:
-        """The head of a request: the client's headers that may pass, the upstream's own, our own.
-
-        Args:
-            api: what is asked for.
-            target: of the request (RFC 9112 section 3.2.1), by `target`.
-            received: the client's headers.
-            request_id: of this request.
-            size: bytes of its body.
-            method: of the request.
-        """
-        fixed = self._fixed.get(api)
-        if fixed is None:
-            fixed = self._fixed[api] = self._fixed_headers(api)
-        own = self._own
-        lines = [f"{method} {target} HTTP/1.1"]
-        typed = versioned = False
-        for name, value in headers.to_upstream(received, self.upstream.header_allow):
-            lower = name.lower()
-            if lower in own:
-                continue
-            typed = typed or lower == "content-type"
-            versioned = versioned or lower == "anthropic-version"
-            lines.append(f"{name}: {value}")
-        if not typed and "content-type" not in own and method == "POST":
-            lines.append("Content-Type: application/json")
-        if api == "messages" and not versioned and "anthropic-version" not in own:
-            lines.append(f"anthropic-version: {ANTHROPIC_VERSION}")
-        lines.append(f"{headers.REQUEST_ID}: {request_id}")
-        if method == "POST":
-            lines.append(f"Content-Length: {size}")
-        lines.append(fixed)
-        return "\r\n".join(lines).encode()
-
-    def _fixed_headers(self, api: str) -> str:
-        own = [("Host", self._base.host_port_subcomponent or ""), *self.upstream.headers.items()]
-        secret = self.upstream.credential
-        if secret is not None:
-            carried = headers.credential(self.upstream.auth, api, secret.get_secret_value())
-            if carried is not None:
-                own.append(carried)
-        own.append(("Accept-Encoding", "identity"))  # a stream that is compressed is not live
-        return "".join(f"{name}: {value}\r\n" for name, value in own) + "\r\n"
-
-    def target(self, path: str, query: Iterable[tuple[str, str]] = ()) -> str:
-        """What to ask for: `path` after the base, whose query is kept; `query` is added to it.
-
-        A base without any path is one that the user took for the host: its API is below /v1.
-        """
-        base = self._base.raw_path.rstrip("/") or "/v1"
-        parts = [self._base.raw_query_string] if self._base.raw_query_string else []
-        parts += [f"{name}={quote(value, safe='')}" for name, value in query]
-        return f"{base}{path}?{'&'.join(parts)}" if parts else f"{base}{path}"
-
-    @property
-    def origin(self) -> str:
-        """Scheme, host and port."""
-        return str(self._base.origin())
-
-    def retire(self) -> None:
-        """Keep no connection from now on; those in use go on."""
-        self.pool.retire()
-
-    def close(self) -> None:
-        """Close all connections."""
-        self.pool.close()
 
 
 class Ask:
@@ -170,6 +70,7 @@ class Ask:
         self._decoder: Decoder | None = None
         self._head = b""
         self._body = b""
+        self._attempt: Attempt | None = None  # for its span
 
     async def send(self, head: bytes, body: bytes) -> Self:
         """Send a request, and judge the answer's head.
@@ -196,6 +97,9 @@ class Ask:
         exchange.asked = time.monotonic()
         exchange.first_asked = exchange.first_asked or exchange.asked
         exchange.attempts += 1
+        if exchange.trace is not None:
+            name, origin = self._client.upstream.name, self._client.origin
+            self._attempt = exchange.trace.begin(name, origin, exchange.asked)
         watch.enter("connect", timeouts.connect)
         try:
             self._connection = connection = await self._client.pool.acquire()
@@ -254,6 +158,8 @@ class Ask:
             self.result = "protocol"  # what came is no answer
         if self.result is not None or self._answer is not None:
             self._exchange.results.append((self._client.upstream.name, self.result or "ok"))
+        if self._attempt is not None:
+            self._end_span(self._attempt)
         self._leave()
         connection, self._connection = self._connection, None
         if connection is None:
@@ -262,6 +168,14 @@ class Ask:
             self._client.pool.release(connection)
         else:
             connection.abort()
+
+    def _end_span(self, attempt: Attempt) -> None:
+        answer, self._attempt = self._answer, None
+        attempt.ended = time.monotonic()
+        attempt.result = self.result or ("" if answer is None else "ok")
+        if answer is not None:
+            attempt.status = answer.status
+            attempt.request_id = self._exchange.upstream_request_id
 
     def _leave(self) -> None:
         """The end of the attempt, and what it says of the upstream; a good head was told before."""

@@ -306,23 +306,24 @@ def test_byte_order_mark_and_carriage_returns(data: bytes, tmp_path: Path) -> No
 def test_all_mistakes_at_once() -> None:
     """Mistakes of YAML, grammar, references, secrets and missing functions come together."""
     text = """upstreams:
-  openai: {url: https://h, apis: [chat], credential: {env: NOPE}, propagate_trace: true}
+  openai: {url: https://h, apis: [chat], credential: {env: NOPE}}
   openai: {}
+limiter: {on_error: deny}
 routes:
 - {model: *, upstreams: [opnai]}
 """
     assert refused(text.replace("*", "&a m").replace("model", "modl")) == [
         "FILE:2:60: upstreams.openai.credential.env: environment variable NOPE is not set",
-        "FILE:2:84: upstreams.openai.propagate_trace: not supported yet: only the default, false, is accepted",  # noqa: E501
         "FILE:3:3: upstreams.openai: this key is already on line 2",
-        "FILE:5:3: routes[0].model: is required",
-        "FILE:5:4: routes[0].modl: unknown key (did you mean 'model'?)",
-        "FILE:5:10: routes[0].modl: an anchor is not allowed: write the value where it counts",
-        "FILE:5:28: routes[0].upstreams[0]: no upstream 'opnai' (did you mean 'openai'?)",
+        "FILE:4:21: limiter.on_error: not supported yet: only the default, degrade, is accepted",
+        "FILE:6:3: routes[0].model: is required",
+        "FILE:6:4: routes[0].modl: unknown key (did you mean 'model'?)",
+        "FILE:6:10: routes[0].modl: an anchor is not allowed: write the value where it counts",
+        "FILE:6:28: routes[0].upstreams[0]: no upstream 'opnai' (did you mean 'openai'?)",
     ]
     assert refused(text) == [
         "FILE:3:3: upstreams.openai: this key is already on line 2",
-        'FILE:5:11: an unquoted * begins a YAML alias, which is not allowed: quote the glob, as in "*"',  # noqa: E501
+        'FILE:6:11: an unquoted * begins a YAML alias, which is not allowed: quote the glob, as in "*"',  # noqa: E501
     ]
 
 

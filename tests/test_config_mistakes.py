@@ -118,7 +118,7 @@ TOP: list[tuple[str, ...]] = [
     ("limiter: {store: sqlite:/x}", "3:18: limiter.store: must be memory: or redis://HOST:PORT/DB"),
     ("limiter: {reserve: most}", "3:20: limiter.reserve: must be p90 or max, not 'most'"),
     ("limiter: {on_error: deny}", "3:21: limiter.on_error: not supported yet: only the default, degrade, is accepted"),
-    ("tracing: {otlp: http://x}", "3:10: tracing: not supported yet: leave the key out"),
+    ("tracing: {otlp: ftp://x}", "3:17: tracing.otlp: must begin with http:// or https://"),
     ("tracing: {content: true}", "3:1: tracing.otlp: is required"),
     ("keys_default: {limits: {requests: 5/m, tokens: [5/s, {rate: 5/s, burst: 0}], concurrent: x}}", "3:35: keys_default.limits.requests: must be a rate such as 10/s, 600/min, 1000/h or 5000/day, not '5/m'", "3:73: keys_default.limits.tokens[1].burst: must be at least 1, not 0", "3:90: keys_default.limits.concurrent: must be a whole number, not 'x'"),
     ("keys_default: {limits: {tokens: {burst: 5}}}", "3:25: keys_default.limits.tokens.rate: is required"),
@@ -169,7 +169,7 @@ UPSTREAM: list[tuple[str, ...]] = [
     ("sessions: x", "6:15: upstreams.u.sessions: must be replay or upstream, not 'x'"),
     ("normalize: yes", "6:16: upstreams.u.normalize: must be true or false, not 'yes'"),
     ("max_concurrent: 0", "6:21: upstreams.u.max_concurrent: must be at least 1, not 0"),
-    ("propagate_trace: true", "6:22: upstreams.u.propagate_trace: not supported yet: only the default, false, is accepted"),
+    ("propagate_trace: 1", "6:22: upstreams.u.propagate_trace: must be true or false, not 1"),
 ]
 
 URL: list[tuple[str, ...]] = [

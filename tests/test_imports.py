@@ -10,13 +10,13 @@ PACKAGE = Path(__file__).resolve().parent.parent / "aiproxy"
 
 CONNECTED = "config stores upstream upstream_answer upstream_connection upstream_errors "
 CONNECTED += "upstream_pool watch body head listener reply metrics logs tracing systemd aside "
-CONNECTED += "first descriptors"
+CONNECTED += "first descriptors upstream_client otlp spans"
 # Bottom to top. At runtime a module imports from lower layers only, save SAME_LAYER and NARROW.
 LAYERS = [
-    "errors sse usage headers jsontext coding prompt_size",
+    "errors sse usage headers jsontext coding prompt_size trace exporting otlp_wire",
     "envelope",
     "limits routes sessions dialects auth recent breaker standing account_objects",
-    "exchange",
+    "exchange answered openinference",
     CONNECTED,
     "snapshot session_gate call referred conversation relay attempts proxy stored counting",
     "reload app sockets levels pulse recorders",
@@ -40,7 +40,12 @@ SAME_LAYER = {
     ("proxy", "attempts"),
     ("conversation", "referred"),
     ("upstream", "upstream_errors"),
-    ("upstream", "upstream_pool"),
+    ("openinference", "answered"),
+    ("spans", "otlp"),
+    ("tracing", "otlp"),
+    ("tracing", "spans"),
+    ("upstream", "upstream_client"),
+    ("upstream_client", "upstream_pool"),
     ("upstream", "upstream_connection"),
     ("upstream_pool", "upstream_connection"),
     ("upstream_pool", "upstream_errors"),
@@ -53,8 +58,11 @@ SAME_LAYER = {
     ("demo", "demo_upstream"),
 }
 NARROW = {
-    4: {"errors", "headers", "coding", "exchange", "limits", "sessions"}
-}  # all that these layers know of the lower ones
+    4: {
+        "errors", "headers", "coding", "trace", "exporting", "exchange", "limits", "sessions",
+        "openinference", "otlp_wire",
+    }
+}  # fmt: skip  # all that these layers know of the lower ones
 # For types only, besides what lies below: who may name what.
 TYPES = {
     0: {"errors"},

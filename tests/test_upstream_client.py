@@ -17,8 +17,9 @@ from aiproxy.breaker import Breaker
 from aiproxy.coding import Decoder
 from aiproxy.errors import ProxyError
 from aiproxy.standing import Standing
-from aiproxy.upstream import ANTHROPIC_VERSION, MAX_ANSWER, MAX_PIECE, Ask, Client
+from aiproxy.upstream import MAX_ANSWER, MAX_PIECE, Ask
 from aiproxy.upstream_answer import Head
+from aiproxy.upstream_client import ANTHROPIC_VERSION, Client
 from aiproxy.upstream_errors import asked_for
 from faults import PATHS, Serve, asked, check_error, events_of, json_of, results_of
 from rig import ABSENT, CREDENTIAL, config_text, load

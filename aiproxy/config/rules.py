@@ -18,24 +18,20 @@ if TYPE_CHECKING:
 
     from aiproxy.config.document import Document, Mistake, Steps
 
-NOT_YET: Mapping[str, str | int | bool | list[str] | None] = {
-    "upstreams.*.propagate_trace": False,
+NOT_YET: Mapping[str, str | int | bool] = {
     "limiter.store": "memory:",
     "limiter.on_error": "degrade",
     "streams.on_disconnect": "cancel",
-    "tracing": None,
 }
 """Keys whose function comes in a later version, with the only value they may have until then, their
-default (None: they must be left out). A version that brings a function drops its line."""
+default. A version that brings a function drops its line."""
 
 
 def not_yet(document: Document) -> Iterator[Mistake]:
     """Yield a mistake for each key that asks for what this version does not do."""
     for pattern, default in NOT_YET.items():
         for steps, value in document.find(pattern):
-            if default is None:
-                yield document.mistake(steps, "not supported yet: leave the key out")
-            elif not _same(value, default):
+            if not _same(value, default):
                 text = str(default).lower() if isinstance(default, bool) else default
                 yield document.mistake(
                     steps, f"not supported yet: only the default, {text}, is accepted"
