@@ -25,7 +25,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
-from opentelemetry.sdk.trace.sampling import Decision
+from opentelemetry.sdk.trace.sampling import DEFAULT_ON, Decision
 from opentelemetry.trace import (
     NonRecordingSpan,
     SpanContext,
@@ -93,6 +93,8 @@ class Sampling:
 
     def __call__(self, trace_id: int, parent: Parent | None) -> bool:
         """Whether one has."""
+        if self._sampler is DEFAULT_ON:  # what it would say, at a tenth of the cost
+            return parent is None or parent.sampled
         context = Context()
         if parent is not None:
             flags = TraceFlags(parent.sampled)
