@@ -26,7 +26,7 @@ from aiproxy.answered import output_of
 from aiproxy.dialects import value_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from aiproxy.trace import Trace
 
@@ -38,7 +38,7 @@ MOST_NAME = 128  # characters of a name that the client made
 MOST_PARAMETER = 1024  # bytes of one parameter
 
 OMITTED = "aiproxy.input_messages.omitted"  # how many older messages are not told
-CUT = "aiproxy.content.cut"  # there was no room for the whole request or answer
+CUT = "aiproxy.content.cut"  # there was no room for all of the request or the answer
 
 # What says how an answer is to be made, and is no text of the client's.
 _PARAMETERS = {
@@ -67,26 +67,44 @@ class _Message:
 
 def attributes(trace: Trace, *, answered: bool) -> Iterator[tuple[str, str | int | bool]]:
     """All that a request's body and its answer say; `answered`: whether there was one."""
-    fields, content = trace.fields, trace.content
-    parameters = _parameters(fields, content=content)
+    told: Iterable[tuple[str, str | int]] = ()
     if trace.api == "embeddings":
-        if parameters:
-            yield SpanAttributes.EMBEDDING_INVOCATION_PARAMETERS, parameters
-        if content:
-            yield from _embedded(value_of(_raw(fields, "input")))
+        told = _embedding(trace)
     elif trace.api:
-        if parameters:
-            yield SpanAttributes.LLM_INVOCATION_PARAMETERS, parameters
-        yield from _tools(value_of(_raw(fields, "tools")), content=content)
-        asked = [*_asked(fields)]
-        if len(asked) > MOST_MESSAGES:
-            yield OMITTED, len(asked) - MOST_MESSAGES
-        yield from _all_told(SpanAttributes.LLM_INPUT_MESSAGES, asked[-MOST_MESSAGES:], trace)
-        if answered or trace.said:
-            answer = _answer(trace)[:MOST_MESSAGES]
-            yield from _all_told(SpanAttributes.LLM_OUTPUT_MESSAGES, answer, trace)
-    if trace.cut:
+        told = _model(trace, answered=answered)
+    cut = trace.cut
+    for key, value in told:
+        cut = cut or (isinstance(value, str) and len(value) >= MOST_TEXT)
+        yield key, value
+    if cut:
         yield CUT, True
+
+
+def _embedding(trace: Trace) -> Iterator[tuple[str, str]]:
+    if parameters := _parameters(trace.fields, content=trace.content):
+        yield SpanAttributes.EMBEDDING_INVOCATION_PARAMETERS, parameters
+    given = value_of(_raw(trace.fields, "input")) if trace.content else None
+    for place, text in enumerate((given if isinstance(given, list) else [given])[:MOST_MESSAGES]):
+        if isinstance(text, str):
+            at = f"{SpanAttributes.EMBEDDING_EMBEDDINGS}.{place}."
+            yield f"{at}{EmbeddingAttributes.EMBEDDING_TEXT}", text[:MOST_TEXT]
+
+
+def _model(trace: Trace, *, answered: bool) -> Iterator[tuple[str, str | int]]:
+    fields, content = trace.fields, trace.content
+    if parameters := _parameters(fields, content=content):
+        yield SpanAttributes.LLM_INVOCATION_PARAMETERS, parameters
+    yield from _tools(value_of(_raw(fields, "tools")), content=content)
+    asked = [*_asked(fields)]
+    if len(asked) > MOST_MESSAGES:
+        yield OMITTED, len(asked) - MOST_MESSAGES
+    prefix = SpanAttributes.LLM_INPUT_MESSAGES
+    yield from _all_told(prefix, asked[-MOST_MESSAGES:], content=content)
+    answer = _answer(trace)[:MOST_MESSAGES] if answered or trace.said else []
+    yield from _all_told(SpanAttributes.LLM_OUTPUT_MESSAGES, answer, content=content)
+    if content:  # what lists of spans show
+        yield SpanAttributes.INPUT_VALUE, _text(asked[-1:])
+        yield SpanAttributes.OUTPUT_VALUE, _text(answer)
 
 
 def _raw(fields: Mapping[str, bytes], name: str) -> Raw | None:
@@ -116,13 +134,6 @@ def _tools(tools: Any, *, content: bool) -> Iterator[tuple[str, str]]:
         yield f"{at}{ToolAttributes.TOOL_NAME}", str(name)[:MOST_NAME]
         if content and len(schema := json.dumps(tool)) <= MOST_TEXT:  # cut it is no JSON
             yield f"{at}{ToolAttributes.TOOL_JSON_SCHEMA}", schema
-
-
-def _embedded(given: Any) -> Iterator[tuple[str, str]]:
-    for place, text in enumerate((given if isinstance(given, list) else [given])[:MOST_MESSAGES]):
-        if isinstance(text, str):
-            at = f"{SpanAttributes.EMBEDDING_EMBEDDINGS}.{place}."
-            yield f"{at}{EmbeddingAttributes.EMBEDDING_TEXT}", text[:MOST_TEXT]
 
 
 # -- messages
@@ -242,9 +253,15 @@ def _objects(value: Any) -> list[dict[str, Any]]:
 # -- as attributes
 
 
-def _all_told(prefix: str, messages: list[_Message], trace: Trace) -> Iterator[tuple[str, str]]:
+def _all_told(prefix: str, messages: list[_Message], *, content: bool) -> Iterator[tuple[str, str]]:
     for place, message in enumerate(messages):
-        yield from _told(f"{prefix}.{place}.", message, content=trace.content)
+        yield from _told(f"{prefix}.{place}.", message, content=content)
+
+
+def _text(messages: list[_Message]) -> str:
+    """The texts of messages, as they are read."""
+    texts = [text for each in messages for kind, text in each.parts if kind == "text"]
+    return "\n".join(texts)[:MOST_TEXT]
 
 
 def _told(at: str, message: _Message, *, content: bool) -> Iterator[tuple[str, str]]:

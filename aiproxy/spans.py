@@ -240,6 +240,8 @@ class Encoder:
             told["gen_ai.operation.name"] = operation
             told["gen_ai.provider.name"] = _provider(attempt.api)
             told["gen_ai.request.model"] = attempt.model[:_MOST_TEXT]
+            # Else readers take it for another call of a model, and count it twice.
+            told[SpanAttributes.OPENINFERENCE_SPAN_KIND] = OpenInferenceSpanKindValues.CHAIN.value
         return self._remember(facts, CLIENT, told, failed=failed)
 
 

@@ -239,6 +239,17 @@ def test_tools_have_their_names_and_with_content_their_schema() -> None:
     }
 
 
+def test_lists_of_spans_show_what_was_asked_and_answered() -> None:
+    """The newest message's text and the answer's, with content alone."""
+    body = json.dumps({"status": "completed", "output": [DONE_ITEM]}).encode()
+    fields = {"input": [{"role": "user", "content": "old"}, {"role": "user", "content": "new"}]}
+    found = told("responses", fields, body)
+    assert (found["input.value"], found["output.value"]) == ("new", "one\ntwo")
+    assert (
+        not {"input.value", "output.value"} & told("responses", fields, body, content=False).keys()
+    )
+
+
 def test_embeddings_have_texts_of_their_own() -> None:
     """An embedding's input is no message."""
     found = told("embeddings", {"input": ["a", "b", 7], "dimensions": 5})
@@ -262,6 +273,8 @@ def test_a_long_text_is_cut() -> None:
     """One text has a bound."""
     found = told("responses", {"input": "x" * (MOST_TEXT + 1)})
     assert asked(found) == [{"role": "user", "content": "x" * MOST_TEXT}]
+    assert found["aiproxy.content.cut"] is True
+    assert "aiproxy.content.cut" not in told("responses", {"input": "x"})
 
 
 def test_what_was_not_kept_is_said() -> None:

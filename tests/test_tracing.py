@@ -110,6 +110,7 @@ async def test_a_request_has_a_span_and_one_for_its_attempt(
         "aiproxy.upstream": "scripted",
         "aiproxy.attempt": 1,
         "aiproxy.result": "ok",
+        "openinference.span.kind": "CHAIN",
     }
     assert server.resource["service.name"] == "aiproxy"
     assert answer.status == 200
