@@ -10,10 +10,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "aiproxy"
 
 CONNECTED = "config stores upstream upstream_answer upstream_connection upstream_errors "
 CONNECTED += "upstream_pool watch body head listener reply metrics logs tracing systemd aside "
-CONNECTED += "first descriptors"
+CONNECTED += "first descriptors exposition"
 # Bottom to top. At runtime a module imports from lower layers only, save SAME_LAYER and NARROW.
 LAYERS = [
-    "errors sse usage headers jsontext coding prompt_size",
+    "errors sse usage headers jsontext coding prompt_size series",
     "envelope",
     "limits routes sessions dialects auth recent breaker standing account_objects",
     "exchange",
@@ -48,12 +48,13 @@ SAME_LAYER = {
     ("upstream_connection", "upstream_answer"),
     ("upstream", "upstream_answer"),
     ("listener", "reply"),
+    ("metrics", "exposition"),
     ("stores", "aside"),
     ("__main__", "demo"),
     ("demo", "demo_upstream"),
 }
 NARROW = {
-    4: {"errors", "headers", "coding", "exchange", "limits", "sessions"}
+    4: {"errors", "headers", "coding", "exchange", "limits", "sessions", "series"}
 }  # all that these layers know of the lower ones
 # For types only, besides what lies below: who may name what.
 TYPES = {
