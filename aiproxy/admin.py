@@ -18,8 +18,8 @@ import msgspec
 from aiproxy import errors, headers
 from aiproxy.config import ConfigError
 from aiproxy.errors import ProxyError
+from aiproxy.exposition import CONTENT_TYPES, negotiate
 from aiproxy.head import check_head
-from aiproxy.metrics import CONTENT_TYPE
 from aiproxy.reply import Reply
 from aiproxy.status import page
 
@@ -45,7 +45,7 @@ _ALONE = (
     ("Cache-Control", "no-store"),
 )
 
-Answer = tuple[int, str, bytes]
+Answer = tuple[int, str, bytes | list[bytes]]  # status, type, and the body, or parts of a long one
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +98,18 @@ class Admin:
             request_id = headers.new_request_id()
             self._log.error("bug", request_id=request_id, exc_info=error)
             return self.refuse(request, errors.internal_error(request_id))
-        reply = Reply(request)
-        reply.send(status, [*_own_headers(content_type), *_ALONE], body)
+        reply, fields = Reply(request), [*_own_headers(content_type), *_ALONE]
+        if isinstance(body, bytes):
+            reply.send(status, fields, body)
+            return reply
+        try:
+            reply.start(status, fields)
+            for part in body:
+                reply.write(part)
+                await asyncio.sleep(0)  # all at once would stop the event loop for too long
+            reply.end()
+        except ConnectionError:
+            reply.abandon()
         return reply
 
     def refuse(self, request: BaseRequest, error: ProxyError) -> Reply:
@@ -126,10 +136,9 @@ class Admin:
             raise errors.method_not_allowed(request.method, ", ".join(methods))
         return place
 
-    async def _scrape(self, _request: BaseRequest) -> Answer:
-        # In a thread: with many series this takes longer than the event loop may stop.
-        loop = asyncio.get_running_loop()
-        return 200, CONTENT_TYPE, await loop.run_in_executor(None, self._metrics.exposition)
+    async def _scrape(self, request: BaseRequest) -> Answer:
+        form = negotiate(request.headers.getall("Accept", []))
+        return 200, CONTENT_TYPES[form], await self._metrics.scrape(form)
 
     async def _healthy(self, _request: BaseRequest) -> Answer:
         return 200, _TEXT, b"ok\n"

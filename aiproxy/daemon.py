@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from aiproxy.reload import Source
 
 LAST_SPANS = 5.0  # seconds for the spans that wait when the daemon ends
-SWITCH_INTERVAL = 0.001  # seconds: a scrape in a thread may keep the event loop waiting this long
+SWITCH_INTERVAL = 0.001  # seconds that work in a thread may keep the event loop waiting at a time
 # A request makes a few hundred objects, nearly all freed by reference counting: with Python's own
 # thresholds the collector runs every few requests to find nothing.
 GC_THRESHOLDS = (10_000, 20, 20)
@@ -101,7 +101,7 @@ class Daemon:
         self._lowered = (0, 0)  # connections, from and to, as the log says
         self._snapshot = Snapshot(config)
         self._limits = MemoryLimits()
-        self._metrics.watch_limits(partial(self._limits.levels, "keys"))
+        self._metrics.watch_limits(partial(self._limits.each, "keys"))
         self._levels = LevelKeeper(
             self._limits, state, metrics=self._metrics, log=self._log.process
         )

@@ -110,6 +110,7 @@ class LevelKeeper:
         elif self._failing:
             self._log.info("levels written again")
         self._failing = error is not None
+        self._metrics.limiter_degraded(degraded=self._failing)
 
     async def stop(self) -> None:
         """Write the last levels, after all requests have ended."""

@@ -10,10 +10,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "aiproxy"
 
 CONNECTED = "config stores upstream upstream_answer upstream_connection upstream_errors "
 CONNECTED += "upstream_pool watch body head listener reply metrics logs tracing systemd aside "
-CONNECTED += "first descriptors upstream_client otlp spans"
+CONNECTED += "first descriptors upstream_client otlp spans exposition"
 # Bottom to top. At runtime a module imports from lower layers only, save SAME_LAYER and NARROW.
 LAYERS = [
-    "errors sse usage headers jsontext coding prompt_size trace exporting otlp_wire",
+    "errors sse usage headers jsontext coding prompt_size trace exporting otlp_wire series",
     "envelope",
     "limits routes sessions dialects auth recent breaker standing account_objects",
     "exchange answered openinference",
@@ -53,6 +53,7 @@ SAME_LAYER = {
     ("upstream_connection", "upstream_answer"),
     ("upstream", "upstream_answer"),
     ("listener", "reply"),
+    ("metrics", "exposition"),
     ("stores", "aside"),
     ("__main__", "demo"),
     ("demo", "demo_upstream"),
@@ -60,7 +61,7 @@ SAME_LAYER = {
 NARROW = {
     4: {
         "errors", "headers", "coding", "trace", "exporting", "exchange", "limits", "sessions",
-        "openinference", "otlp_wire",
+        "openinference", "otlp_wire", "series",
     }
 }  # fmt: skip  # all that these layers know of the lower ones
 # For types only, besides what lies below: who may name what.

@@ -245,6 +245,33 @@ async def test_a_state_directory_that_is_gone_stops_no_end(
     assert counted in proxy.daemon._metrics.exposition()
 
 
+async def test_levels_that_cannot_be_kept_show(
+    run: Run, upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    """The limiter is degraded from the first levels that cannot be written to the next that are."""
+    state = tmp_path / "state"
+    proxy = await run(text_of(upstream, {"requests": "5/day"}), state)
+    keeper = proxy.daemon._levels
+
+    async def degraded(expected: int) -> None:
+        assert keeper._timer is not None  # it has tried
+        assert (await proxy.metrics())["aiproxy_limiter_degraded", frozenset()] == expected
+
+    await eventually(partial(degraded, 1))
+    state.mkdir()
+    keeper._period = 0.01
+    assert keeper._timer is not None
+    keeper._timer.cancel()
+    keeper._begin()
+    await eventually(partial(degraded, 0))
+
+
+async def test_a_limiter_is_not_degraded_at_first(serve: Serve) -> None:
+    """Without a state directory, too, nothing is where it should not be."""
+    proxy = await serve()
+    assert (await proxy.metrics())["aiproxy_limiter_degraded", frozenset()] == 0
+
+
 async def test_a_restart_with_other_limits_is_like_a_reload(
     run: Run, upstream: ScriptedUpstream, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 import aiproxy
+from aiproxy import pulse
 from answers import chat_events, sse
 from invariants import eventually
 from responses import responses_events
@@ -34,6 +36,7 @@ TABLE: dict[str, tuple[str, set[str]]] = {
     "aiproxy_usage_estimated": ("counter", {"route", "reason"}),
     "aiproxy_limit_rejections": ("counter", {"key", "limit"}),
     "aiproxy_limit_remaining": ("gauge", {"key", "limit"}),
+    "aiproxy_limiter_degraded": ("gauge", set()),
     "aiproxy_upstream_attempts": ("counter", {"upstream", "result"}),
     "aiproxy_upstream_available": ("gauge", {"upstream"}),
     "aiproxy_client_disconnects": ("counter", {"endpoint", "phase"}),
@@ -176,7 +179,7 @@ async def test_content_type(serve: Serve) -> None:
     """The scrape names the text format of Prometheus, and is not served to clients."""
     proxy = await serve()
     answer = await proxy.admin("/metrics")
-    assert answer.headers["content-type"].startswith("text/plain; version=")
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert (await proxy.get("/metrics")).status == 404
 
 
@@ -339,7 +342,7 @@ class SlowCollector(Collector):
 
 
 async def test_a_scrape_does_not_stop_the_loop(serve: Serve) -> None:
-    """While a scrape is made the daemon answers others: it is rendered in a thread."""
+    """While what may block is read the daemon answers others: that is done in a thread."""
     proxy = await serve()
     slow = SlowCollector(asyncio.get_running_loop())
     proxy.daemon._metrics.registry.register(slow)
@@ -350,3 +353,24 @@ async def test_a_scrape_does_not_stop_the_loop(serve: Serve) -> None:
     slow.go_on.set()
     assert b"slow_total 1.0" in (await scrape).body
     assert slow.let_on
+
+
+async def test_a_blocked_loop_shows(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the event loop does something for 150 ms a timer that is due waits at least 100 ms."""
+    monkeypatch.setattr(pulse, "LAG_PERIOD", 0.05)
+    proxy = await serve()
+    block(0.15)
+
+    async def holds() -> None:
+        lag = (await families(proxy))["aiproxy_event_loop_lag_seconds"].samples
+        late = {sample.labels["le"]: sample.value for sample in lag if sample.labels}
+        assert late["+Inf"] > late["0.05"]
+
+    await eventually(holds)
+
+
+def block(seconds: float) -> None:
+    """Let nothing else happen in this thread."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        pass

@@ -9,7 +9,7 @@ from aiproxy.errors import shown
 from aiproxy.limits import Account, Clock, Combined
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from aiproxy.config import Config
     from aiproxy.config import Limits as Configured
@@ -68,8 +68,12 @@ class MemoryLimits:
 
     def levels(self, book: str) -> dict[str, list[Level]]:
         """How each limit stands, of all `keys` or all `routes`, by name."""
-        now = self._clock.now()
-        return {name: account.levels(now) for name, account in self._books[book].items()}
+        return dict(self.each(book))
+
+    def each(self, book: str) -> Iterator[tuple[str, list[Level]]]:
+        """The same, one by one, each as it is when it is asked for."""
+        for name, account in self._books[book].items():
+            yield name, account.levels(self._clock.now())
 
     def save(self) -> Levels:
         """All levels, at rest."""
