@@ -107,6 +107,7 @@ class Daemon:
         )
         self._sessions = SessionGate(config.sessions, metrics=self._metrics, log=self._log.process)
         self._tracing = Tracing()
+        self._metrics.watch_spans(self._tracing.totals)
         recorders = Recorders(self._metrics, self._log, self._tracing)
         self._proxy = Proxy(
             self._snapshot,

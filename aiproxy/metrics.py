@@ -19,7 +19,7 @@ from aiproxy.limits import tightest
 from aiproxy.series import LONGEST_EXEMPLAR, Family, Histograms, Numbers, Watched
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from aiproxy.exchange import Exchange
     from aiproxy.exposition import Format
@@ -257,6 +257,13 @@ class Metrics:
         self._watch(
             "counter", "aiproxy_log_dropped", "Log lines dropped since standard error was blocked.",
             read=lambda: [((), dropped())],
+        )  # fmt: skip
+
+    def watch_spans(self, totals: Callable[[], Mapping[str, int]]) -> None:
+        """Take what became of spans from where they are sent, if they are sent anywhere."""
+        self._watch(
+            "counter", "aiproxy_trace_spans", "Spans, by what became of them.", "result",
+            read=lambda: [((result,), spans) for result, spans in totals().items()],
         )  # fmt: skip
 
     def watch_sessions(self, shares: Callable[[], Shares]) -> None:

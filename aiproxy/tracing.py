@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from aiproxy import exporting
 from aiproxy.trace import Budget, Trace, new_span_id, new_trace_id, parent_of, state_of
@@ -27,14 +27,6 @@ if TYPE_CHECKING:
 MOST_KEPT = 64 * 1024 * 1024  # bytes of requests and answers that wait for their spans
 MOST_CONTENT = 1024 * 1024  # of one request, and of its answer, with `content`
 MOST_PLAIN = 64 * 1024  # of one request without: enough for roles and names
-
-
-class Totals(NamedTuple):
-    """Spans since the start, by what became of them."""
-
-    exported: int
-    failed: int
-    dropped: int
 
 
 class Tracing:
@@ -108,16 +100,15 @@ class Tracing:
         else:
             trace.release()
 
-    @property
-    def totals(self) -> Totals | None:
-        """What became of spans; None if there was never a collector."""
+    def totals(self) -> dict[str, int]:
+        """Spans since the start, by what became of them; empty if there was never a collector."""
         if not self._counts:
-            return None
-        return Totals(
-            sum(each.exported for each in self._counts),
-            sum(each.failed for each in self._counts),
-            sum(each.dropped for each in self._counts),
-        )
+            return {}
+        return {
+            "exported": sum(each.exported for each in self._counts),
+            "failed": sum(each.failed for each in self._counts),
+            "dropped": sum(each.dropped for each in self._counts),
+        }
 
     def stop(self) -> None:
         """Send what waits, and take nothing more; returns at once."""

@@ -45,6 +45,7 @@ TABLE: dict[str, tuple[str, set[str]]] = {
     "aiproxy_sessions_stored_turns": ("gauge", set()),
     "aiproxy_sessions_evictions": ("counter", {"reason"}),
     "aiproxy_sessions_reasoning_left_out": ("counter", {"upstream"}),
+    "aiproxy_trace_spans": ("counter", {"result"}),
     "aiproxy_store_duration_seconds": ("histogram", {"store", "operation"}),
     "aiproxy_store_errors": ("counter", {"store", "operation"}),
     "aiproxy_event_loop_lag_seconds": ("histogram", set()),

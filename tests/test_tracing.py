@@ -14,7 +14,7 @@ from chat_upstream import chat_only
 from collector import Collector, Told, collecting
 from faults import Serve
 from invariants import check_invariants, check_secrets, eventually
-from rig import OUTPUT_CANARY, PROMPT_CANARY, TEAM_B, Proxy, config_text, load, prompt
+from rig import OUTPUT_CANARY, PROMPT_CANARY, TEAM_B, Proxy, config_text, load, prompt, totals
 from upstream import (
     Chunk,
     Headers,
@@ -420,6 +420,22 @@ async def test_a_collector_that_is_away_costs_nobody_anything(
     await check_invariants(proxy, upstream)
     collector.open.set()
     await spans_of(collector, len(proxy.request_logs()))
+
+
+async def test_spans_are_counted(serve: Serve, collector: Collector) -> None:
+    """What was exported and what was not is a metric, which is there with tracing alone."""
+    proxy = await traced(serve, collector)
+    collector.statuses = [400]
+    for results in ({"failed": 2}, {"failed": 2, "exported": 2}):
+        await proxy.post()
+
+        async def counted(results: dict[str, int] = results) -> None:
+            metrics = await proxy.metrics()
+            assert totals(metrics, "aiproxy_trace_spans_total", "result") == results
+
+        await eventually(counted)
+    plain = await serve()
+    assert not [name for name, _ in await plain.metrics() if name == "aiproxy_trace_spans_total"]
 
 
 async def test_a_reload_moves_the_spans(
