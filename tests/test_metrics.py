@@ -54,7 +54,11 @@ TABLE: dict[str, tuple[str, set[str]]] = {
     "aiproxy_config_last_reload_success_timestamp_seconds": ("gauge", set()),
     "aiproxy_build_info": ("gauge", {"version", "python", "aiohttp"}),
 }
-NOT_SEEN = ("aiproxy_store_errors", "aiproxy_sessions_reasoning")  # nothing fails here
+NOT_SEEN = (
+    "aiproxy_store_errors",
+    "aiproxy_sessions_reasoning",
+    "aiproxy_trace",
+)  # nothing fails here
 BUCKETS = {
     "aiproxy_request_duration_seconds": [0.08 * 2**n for n in range(14)],
     "aiproxy_time_to_first_token_seconds": [
