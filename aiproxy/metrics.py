@@ -224,17 +224,9 @@ class Metrics:
         """A configuration was refused; the one in force stays."""
         self._reload_ok.set(0)
 
-    def requests_by_outcome(self) -> dict[str, int]:
-        """Requests that ended, since the start."""
-        return _added_up(self._requests.metric, "outcome")
-
     def loads_by_result(self) -> dict[str, int]:
         """Look-ups of stored turns and items, since the start."""
         return _added_up(self._loads.metric, "result")
-
-    def tokens_by_type(self) -> dict[str, int]:
-        """Tokens since the start."""
-        return _added_up(self._tokens.metric, "type")
 
     def watch_log(self, dropped: Callable[[], int]) -> None:
         """Take the number of dropped log lines from the log itself, at each scrape."""

@@ -1,4 +1,4 @@
-"""Where what happens is written: requests and upstreams, to the metrics and to the log."""
+"""Where what happens is written: to the metrics, to what the status page remembers, to the log."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from aiproxy.breaker import Reason, State
     from aiproxy.exchange import Exchange
+    from aiproxy.lately import Lately
     from aiproxy.logs import Log
     from aiproxy.metrics import Metrics
 
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
 class Recorders:
     """See `exchange.Recorder`."""
 
-    def __init__(self, metrics: Metrics, log: Log) -> None:
+    def __init__(self, metrics: Metrics, lately: Lately, log: Log) -> None:
         self._metrics = metrics
+        self._lately = lately
         self._log = log
 
     def begin(self, exchange: Exchange) -> None:
@@ -25,6 +27,7 @@ class Recorders:
     def record(self, exchange: Exchange) -> None:
         """It ended."""
         self._metrics.record(exchange)
+        self._lately.record(exchange)
         self._log.record(exchange)
 
     def upstream(self, name: str, state: State, reason: Reason, seconds: float) -> None:
