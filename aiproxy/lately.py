@@ -78,7 +78,7 @@ class Lately:
         self.since = wall()
 
     def configure(self, config: Config) -> None:
-        """Other names: what is not configured is forgotten, and an upstream elsewhere is another."""
+        """Other names: what is not configured is forgotten; an upstream elsewhere is another."""
         upstreams = {}
         for name, upstream in config.upstreams.items():
             known = self.upstreams.get(name)

@@ -53,10 +53,8 @@ async def status(proxy: Proxy) -> Report:
 async def ended(proxy: Proxy, n: int) -> Report:
     """Wait until `n` requests have ended; return the report."""
 
-    async def holds() -> Report:
-        report = await status(proxy)
-        assert sum(report["requests"].values()) == n
-        return report
+    async def holds() -> None:
+        assert sum((await status(proxy))["requests"].values()) == n
 
     await eventually(holds)
     return await status(proxy)
