@@ -270,7 +270,8 @@ def test_provoked_failures_alone_have_all_places() -> None:
 def test_failures_are_in_order_when_the_clock_is_set_back() -> None:
     """What happened last comes first, whatever the time was said to be."""
     case = Case()
-    for number, outcome in enumerate(("failed", "upstream_rejected", "drained", "failed")):
+    ends: list[Outcome] = ["failed", "upstream_rejected", "drained", "failed"]
+    for number, outcome in enumerate(ends):
         case.clocks.monotonic += 1
         case.clocks.wall -= 3600
         case.end(outcome, request_id=f"req_{number}")

@@ -156,13 +156,13 @@ async def test_streams_in_flight(serve: Serve, upstream: ScriptedUpstream, look:
     await shown.shows("#streams", "0")
 
 
+@SIZES
 async def test_place_focus_and_selection_stay(
-    serve: Serve, upstream: ScriptedUpstream, look: Look
+    serve: Serve, upstream: ScriptedUpstream, look: Look, size: tuple[int, int]
 ) -> None:
     """A refresh moves neither the page, nor the focus, nor what is selected."""
     proxy = await lively(serve, upstream)
-    shown = await look(proxy)
-    await shown.page.get_by_role("button", name="Copy request id first-failure").focus()
+    shown = await look(proxy, size)
     await shown.page.locator("#failures code", has_text="first-failure").click()
     await shown.page.get_by_role("button", name="Copy request id first-failure").focus()
     await shown.page.evaluate("scrollTo(0, 300)")
