@@ -20,8 +20,8 @@ from aiproxy.config import ConfigError
 from aiproxy.errors import ProxyError
 from aiproxy.exposition import CONTENT_TYPES, negotiate
 from aiproxy.head import check_head
+from aiproxy.page import PAGE, POLICY
 from aiproxy.reply import Reply
-from aiproxy.status import page
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -38,9 +38,10 @@ if TYPE_CHECKING:
 _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
 _HTML = "text/html; charset=utf-8"
-# The page loads nothing and runs nothing, and is shown in no other page.
+# The page loads nothing and runs nothing but its own, and is shown in no other page.
 _ALONE = (
-    ("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'"),
+    ("Content-Security-Policy", POLICY),
+    ("X-Content-Type-Options", "nosniff"),
     ("X-Frame-Options", "DENY"),
     ("Cache-Control", "no-store"),
 )
@@ -181,10 +182,10 @@ class Admin:
         return 200, _JSON, _json(config.model_dump(mode="json", by_alias=True))
 
     async def _report(self, _request: BaseRequest) -> Answer:
-        return 200, _JSON, _json(self._status.report())
+        return 200, _JSON, _json(await self._status.report())
 
     async def _page(self, _request: BaseRequest) -> Answer:
-        return 200, _HTML, page(self._status.report())
+        return 200, _HTML, PAGE
 
 
 def _own_headers(content_type: str) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from aiproxy.config import ConfigError
 from aiproxy.descriptors import connections, raise_limit
 from aiproxy.drain import Drain
 from aiproxy.first import first
+from aiproxy.lately import Lately
 from aiproxy.levels import LevelKeeper
 from aiproxy.listener import Handler, Listener, require_c_parser
 from aiproxy.logs import LibraryHandler, Log, standard_error
@@ -106,9 +107,10 @@ class Daemon:
             self._limits, state, metrics=self._metrics, log=self._log.process
         )
         self._sessions = SessionGate(config.sessions, metrics=self._metrics, log=self._log.process)
+        self._lately = Lately()
         self._tracing = Tracing()
         self._metrics.watch_spans(self._tracing.totals)
-        recorders = Recorders(self._metrics, self._log, self._tracing)
+        recorders = Recorders(self._metrics, self._lately, self._log, self._tracing)
         self._proxy = Proxy(
             self._snapshot,
             self._limits,
@@ -150,6 +152,7 @@ class Daemon:
             sessions=self._sessions,
             clients=listener,
             metrics=self._metrics,
+            lately=self._lately,
             dropped=self._log.dropped,
         )
         admin = Admin(
@@ -200,6 +203,7 @@ class Daemon:
         self._sessions.configure(snapshot.config.sessions)
         self._tracing.configure(snapshot.config.tracing)
         self._proxy.put(snapshot)
+        self._lately.configure(snapshot.config)
         config = snapshot.config
         self._log.configure(level=config.log.level, fmt=self._log_format(config))
         self._bound = self._bounds(config)

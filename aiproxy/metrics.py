@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import platform
 import time
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -133,11 +132,6 @@ class Metrics:
         )
         build[aiohttp.__version__, platform.python_version(), aiproxy.__version__] = 1
 
-        # What the status page adds up, which would have to look at all series for it.
-        self._by_outcome: Counter[str] = Counter()
-        self._by_result: Counter[str] = Counter()
-        self._by_type: Counter[str] = Counter()
-
     def _numbers(self, kind: Kind, name: str, documentation: str, *labels: str) -> Numbers:
         made = Numbers(kind, name, documentation, labels)
         self._families.append(made)
@@ -171,7 +165,6 @@ class Metrics:
         outcome = exchange.outcome or "internal_error"
         self._in_flight[endpoint,] -= 1
         self._requests[endpoint, key, outcome, route] += 1
-        self._by_outcome[outcome] += 1
         request_id, now = exchange.request_id, time.time()
         if len(request_id) > LONGEST_EXEMPLAR:
             request_id = ""  # one that is cut would find nothing
@@ -205,7 +198,6 @@ class Metrics:
                 ("output_reasoning", usage.output_reasoning),
             ):
                 self._tokens[key, route, kind] += count  # a series of its own, also at 0
-                self._by_type[kind] += count
             if exchange.estimated is not None:
                 self._estimated[exchange.estimated, route] += 1
 
@@ -240,17 +232,9 @@ class Metrics:
         """A configuration was refused; the one in force stays."""
         self._reload_ok[()] = 0
 
-    def requests_by_outcome(self) -> dict[str, int]:
-        """Requests that ended, since the start."""
-        return dict(sorted(self._by_outcome.items()))
-
     def loads_by_result(self) -> dict[str, int]:
         """Look-ups of stored turns and items, since the start."""
         return {result: int(count) for (result,), count in sorted(self._loads.items())}
-
-    def tokens_by_type(self) -> dict[str, int]:
-        """Tokens since the start."""
-        return dict(sorted(self._by_type.items()))
 
     def watch_log(self, dropped: Callable[[], int]) -> None:
         """Take the number of dropped log lines from the log itself, at each scrape."""

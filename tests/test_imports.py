@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "aiproxy"
 
 CONNECTED = "config stores upstream upstream_answer upstream_connection upstream_errors "
 CONNECTED += "upstream_pool watch body head listener reply metrics logs tracing systemd aside "
-CONNECTED += "first descriptors upstream_client otlp spans exposition"
+CONNECTED += "first descriptors upstream_client otlp spans exposition lately tallies"
 # Bottom to top. At runtime a module imports from lower layers only, save SAME_LAYER and NARROW.
 LAYERS = [
     "errors sse usage headers jsontext coding prompt_size trace exporting otlp_wire series",
@@ -21,7 +21,7 @@ LAYERS = [
     "snapshot session_gate call referred conversation relay attempts proxy stored counting",
     "reload app sockets levels pulse recorders",
     "drain",
-    "status",
+    "status page",
     "admin",
     "daemon",
     "demo demo_upstream __main__",
@@ -54,6 +54,7 @@ SAME_LAYER = {
     ("upstream", "upstream_answer"),
     ("listener", "reply"),
     ("metrics", "exposition"),
+    ("lately", "tallies"),
     ("stores", "aside"),
     ("__main__", "demo"),
     ("demo", "demo_upstream"),

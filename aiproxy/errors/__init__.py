@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from aiproxy.errors.answer import INVALID, SERVER, Outcome, ProxyError, Shape, shown
+from aiproxy.errors.answer import INVALID, SERVER, SHOWN, Outcome, ProxyError, Shape, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["INVALID", "SERVER", "Outcome", "ProxyError", "Shape", "shown"]
+__all__ = ["INVALID", "SERVER", "SHOWN", "Outcome", "ProxyError", "Shape", "shown"]
 
 
 # -- who is calling, and what for

@@ -75,6 +75,11 @@ class MemoryLimits:
         for name, account in self._books[book].items():
             yield name, account.levels(self._clock.now())
 
+    def levels_of(self, book: str, name: str) -> list[Level]:
+        """How the limits of one key or route stand; none if it has none."""
+        account = self._books[book].get(name)
+        return [] if account is None else account.levels(self._clock.now())
+
     def save(self) -> Levels:
         """All levels, at rest."""
         now = self._clock.now()
