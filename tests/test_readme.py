@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from aiproxy.config import ConfigError, loads
 from readme import README, ROOT, Block, ReadmeError, blocks, completed, follow
@@ -83,7 +84,9 @@ async def test_programs(block: Block, serve: Serve, upstream: ScriptedUpstream) 
 
 
 def test_programs_and_files_are_of_their_language() -> None:
-    """Python compiles, shell parses, and TOML is what Codex reads."""
+    """Python compiles, YAML parses, and TOML is what Codex reads."""
+    for block in in_language("yaml"):
+        assert isinstance(yaml.safe_load(block.text), dict), block.line
     for block in in_language("python"):
         compile(block.text, f"README.md:{block.line}", "exec")
     (codex,) = (tomllib.loads(block.text) for block in in_language("toml"))

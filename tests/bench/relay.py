@@ -200,17 +200,19 @@ def main() -> int:
 
 
 def report(found: list[Relay], rounds: int) -> None:
-    """Print the table."""
+    """Print the table: each relay's medians, and how many times another's they are."""
     print(
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {_processor()},"
         f" Python {platform.python_version()}, aiohttp {version('aiohttp')}, uvloop"
         f" {version('uvloop')}; medians of {rounds} rounds\n"
     )
-    print(f"{'':<20}{'us of CPU a request':>22}{'a streamed event':>20}{'to the first':>24}")
+    others = "".join(f"{f'of {other.name}':>22}" for other in found[:-1])
+    print(f"{'us of CPU':<20}{'a request':>12}{'an event':>12}{others}")
     medians = [(statistics.median(one.request), statistics.median(one.event)) for one in found]
     for relay, (request, event) in zip(found, medians, strict=True):
-        ratios = f"{request / medians[0][0]:.1f} and {event / medians[0][1]:.1f}"
-        print(f"{relay.name:<20}{request:>22.1f}{event:>20.1f}{ratios:>24}")
+        times = [f"{request / other:.1f} and {event / and_:.1f}" for other, and_ in medians[:-1]]
+        ratios = "".join(f"{ratio:>22}" for ratio in times)
+        print(f"{relay.name:<20}{request:>12.1f}{event:>12.1f}{ratios}")
 
 
 def _processor() -> str:
