@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -52,7 +53,8 @@ class Stranger:
         self.fresh = fresh
         self._patience = PATIENCE_FRESH if fresh else PATIENCE
         self._directory = directory / "aiproxy"
-        self._ports = {port: port if fresh and _is_free(port) else _free() for port in PORTS}
+        others = dict(zip(PORTS, _free(len(PORTS)), strict=True))
+        self._ports = {port: port if fresh and _is_free(port) else others[port] for port in PORTS}
         self._environ = {name: os.environ[name] for name in os.environ.keys() - set(UNSET)}
         self._terminals: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
         if fresh:
@@ -98,7 +100,8 @@ class Stranger:
         typed = self._directory.parent / "typed.sh"
         typed.write_text(self._here(text))
         self._type(f". '{typed}' </dev/null; printf '{END}\\n'")
-        watch = threading.Timer(self._patience, self._shell.kill)
+        end = (self._shell.pid, signal.SIGKILL)
+        watch = threading.Timer(self._patience, os.killpg, end)
         watch.start()
         try:
             said = self._read()
@@ -197,9 +200,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _free() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+def _free(many: int) -> list[int]:
+    """So many ports that are free at this moment."""
+    with ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(many)]
+        return [int(server.getsockname()[1]) for server in servers]
 
 
 def _is_free(port: int) -> bool:

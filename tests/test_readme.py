@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import stranger
 from aiproxy.config import ConfigError, loads
 from readme import README, ROOT, Block, ReadmeError, blocks, completed, follow
 from rig import Proxy
@@ -49,10 +50,11 @@ def in_language(language: str) -> list[Block]:
 # Its blocks
 
 
+@pytest.mark.timeout(180)
 def test_a_stranger_can_follow_it(tmp_path: Path) -> None:
     """Its commands, typed from top to bottom, succeed and say what it shows."""
-    with Stranger(ROOT, tmp_path, fresh=False) as stranger:
-        done = [block.kind for block, _ in follow(stranger, BLOCKS)]
+    with Stranger(ROOT, tmp_path, fresh=False) as reader:
+        done = [block.kind for block, _ in follow(reader, BLOCKS)]
     assert done.count("terminal") == 2
     assert done.count("output") >= 4
 
@@ -210,10 +212,31 @@ def test_a_block_says_what_becomes_of_it(text: str, what: str) -> None:
 def test_what_fails_is_told(tmp_path: Path, text: str, what: str) -> None:
     """A command that fails, or says something else, ends the reading with its line and words."""
     with (
-        Stranger(ROOT, tmp_path, fresh=False) as stranger,
+        Stranger(ROOT, tmp_path, fresh=False) as reader,
         pytest.raises(ReadmeError, match=re.escape(what)),
     ):
-        list(follow(stranger, blocks(text)))
+        list(follow(reader, blocks(text)))
+
+
+def test_what_does_not_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that does not come back is ended with all that it began, and told."""
+    monkeypatch.setattr(stranger, "PATIENCE", 0.5)
+    text = f"<!-- run -->\n```sh\nsleep 61 & echo $! >{tmp_path}/pid; wait\n```\n"
+    with (
+        Stranger(ROOT, tmp_path, fresh=False) as reader,
+        pytest.raises(ReadmeError, match="2: this failed"),
+    ):
+        list(follow(reader, blocks(text)))
+    (state,) = re.findall(r"^State:\t(.)", _status(tmp_path / "pid"), re.MULTILINE) or ["Z"]
+    assert state == "Z"
+
+
+def _status(file: Path) -> str:
+    """Return what the kernel says of the process whose id is in a file; nothing once it is gone."""
+    try:
+        return Path(f"/proc/{int(file.read_text())}/status").read_text()
+    except FileNotFoundError:
+        return ""
 
 
 def test_a_wrong_part_of_a_configuration_is_seen() -> None:
