@@ -24,17 +24,7 @@ Serve = Callable[..., Awaitable[Proxy]]
 TEXT = README.read_text()
 BLOCKS = blocks(TEXT)
 TESTS = ROOT / "tests"
-
-
-class Everything(dict[str, str]):
-    """An environment in which every variable is set."""
-
-    def __missing__(self, name: str) -> str:
-        return f"value-of-{name}"
-
-    def get(self, name: str, default: object = None) -> str:
-        """Return a value for any name."""
-        return self[name]
+ACCOUNTS = {"OPENAI_API_KEY": "one", "ANTHROPIC_API_KEY": "another"}
 
 
 def of(kind: str) -> list[object]:
@@ -62,7 +52,7 @@ def test_a_stranger_can_follow_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("block", of("configuration"))
 def test_parts_of_a_configuration(block: Block) -> None:
     """What it shows of a configuration is one, as soon as the rest is there."""
-    loads(completed(block.text), path=README, environ=Everything())
+    loads(completed(block.text), path=README, environ=ACCOUNTS)
 
 
 async def _run(program: str, environ: dict[str, str]) -> tuple[int | None, str]:
@@ -242,9 +232,9 @@ def _status(file: Path) -> str:
 def test_a_wrong_part_of_a_configuration_is_seen() -> None:
     """What is added to a part does not hide a mistake in it."""
     with pytest.raises(ConfigError):
-        loads(completed("retries: many\n"), path=README, environ=Everything())
+        loads(completed("retries: many\n"), path=README, environ=ACCOUNTS)
     with pytest.raises(ConfigError):
-        loads(completed("upstreams: {a: {url: ftp://h}}\n"), path=README, environ=Everything())
+        loads(completed("upstreams: {a: {url: ftp://h}}\n"), path=README, environ=ACCOUNTS)
 
 
 @pytest.mark.parametrize(("command", "code"), [("true", 0), ("false", 1)])
