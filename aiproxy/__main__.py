@@ -27,6 +27,7 @@ DEFAULT_CONFIG = Path("/etc/aiproxy/aiproxy.yaml")
 OK, FAILED, BAD_USAGE = 0, 1, 2
 
 _KEY_BYTES = 32  # 256 random bits
+_LAST_PORT = 65535
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 
 
@@ -51,7 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     key = commands.add_parser("key", help="make a client key")
     key.add_argument("name", metavar="NAME", type=_key_name)
     demo = commands.add_parser("demo", help="show the main job, with no account and no network")
-    demo.add_argument("--once", action="store_true", help="exit when it was shown")
+    form = demo.add_mutually_exclusive_group()
+    form.add_argument("--once", action="store_true", help="exit when it was shown")
+    form.add_argument(
+        "--upstream",
+        type=_port,
+        metavar="PORT",
+        help="only its sample model server, on this port of loopback",
+    )
     commands.add_parser("version", help="print versions")
     return parser
 
@@ -60,6 +68,12 @@ def _key_name(text: str) -> str:
     if not _NAME.fullmatch(text):
         raise argparse.ArgumentTypeError("must match [A-Za-z0-9._-]{1,64}")
     return text
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) <= _LAST_PORT):
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to {_LAST_PORT}")
+    return int(text)
 
 
 def _address(text: str) -> Address:
@@ -124,10 +138,10 @@ def _key(name: str) -> int:
     return OK
 
 
-def _demo(*, once: bool) -> int:
-    from aiproxy.demo import demo  # noqa: PLC0415 - as above
+def _demo(*, once: bool, upstream: int | None) -> int:
+    from aiproxy.demo import demo, sample_upstream  # noqa: PLC0415 - as above
 
-    return demo(once=once)
+    return demo(once=once) if upstream is None else sample_upstream(upstream)
 
 
 def _version() -> int:
@@ -153,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         case "key":
             return _key(given.name)
         case "demo":
-            return _demo(once=given.once)
+            return _demo(once=given.once, upstream=given.upstream)
         case _:
             return _version()
 

@@ -74,9 +74,21 @@ def demo(*, once: bool) -> int:
         The exit code: 0, also after a signal; 1 when something failed, which is told on standard
         error.
     """
+    return _shown(_run(once=once))
+
+
+def sample_upstream(port: int) -> int:
+    """Serve the sample upstream alone, to everybody on this machine, until SIGINT or SIGTERM.
+
+    Returns:
+        The exit code: 0; 1 when the port cannot be had, which is told on standard error.
+    """
+    return _shown(_upstream_alone(port))
+
+
+def _shown(work: Coroutine[None, None, None]) -> int:
     try:
-        with tempfile.TemporaryDirectory(prefix="aiproxy-demo-") as directory:
-            uvloop.run(_until_signal(_run(directory, once=once)))
+        uvloop.run(_until_signal(work))
     except KeyboardInterrupt:  # before the loop took the signal over
         return 0
     except (DemoError, OSError, aiohttp.ClientError) as error:
@@ -110,7 +122,21 @@ async def _until_signal(work: Coroutine[None, None, None]) -> None:
             loop.remove_signal_handler(number)
 
 
-async def _run(directory: str, *, once: bool) -> None:
+async def _upstream_alone(port: int) -> None:
+    async with SampleUpstream(None, port=port) as upstream:
+        _say(
+            f"A sample upstream of the Responses API: {upstream.url}, until Ctrl-C.\n"
+            "No model: it counts words, one is a token; it keeps nothing, and wants no key."
+        )
+        await asyncio.Event().wait()
+
+
+async def _run(*, once: bool) -> None:
+    with tempfile.TemporaryDirectory(prefix="aiproxy-demo-") as directory:
+        await _three_turns(directory, once=once)
+
+
+async def _three_turns(directory: str, *, once: bool) -> None:
     key, credential = (f"{kind}{secrets.token_urlsafe(24)}" for kind in ("sk-aip-", "sk-sample-"))
     log = _RequestLog(asyncio.get_running_loop())
     async with SampleUpstream(credential) as upstream:

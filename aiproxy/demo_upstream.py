@@ -2,7 +2,7 @@
 
 It is no model. It counts the words of the conversation that it was sent and says so, word by word;
 a word is a token. Its events and its response object have every field that the specification
-requires, and it refuses whoever does not know its credential.
+requires, and it refuses whoever does not know its credential, if it has one.
 """
 
 from __future__ import annotations
@@ -48,16 +48,18 @@ class SampleUpstream:
     """The server: `async with SampleUpstream(credential) as upstream`.
 
     Args:
-        credential: the Bearer token that callers must send.
+        credential: the Bearer token that callers must send; None: everybody is answered.
         pause: seconds before each word of a stream.
+        port: where it listens; 0: where the kernel picks.
 
     Attributes:
         url: the base of its API, once entered.
     """
 
-    def __init__(self, credential: str, *, pause: float = PAUSE) -> None:
+    def __init__(self, credential: str | None, *, pause: float = PAUSE, port: int = 0) -> None:
         self.url = ""
         self._credential = credential
+        self._port = port
         self._pause = pause
         app = web.Application(client_max_size=MOST_BYTES)
         app.router.add_post("/v1/responses", self._responses)
@@ -67,7 +69,7 @@ class SampleUpstream:
 
     async def __aenter__(self) -> Self:
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, "127.0.0.1", self._port)
         try:
             await site.start()
         except OSError:
@@ -86,8 +88,7 @@ class SampleUpstream:
         await self._runner.cleanup()
 
     async def _responses(self, request: web.Request) -> web.StreamResponse:
-        given = request.headers.get("Authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {self._credential}".encode()):
+        if not self._knows(request.headers.get("Authorization", "")):
             return _refusal(401, "Incorrect API key provided.", "invalid_api_key")
         try:
             body = await request.json()
@@ -102,6 +103,10 @@ class SampleUpstream:
             await answer.write(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode())
         await answer.write_eof()
         return answer
+
+    def _knows(self, given: str) -> bool:
+        wanted = self._credential
+        return wanted is None or hmac.compare_digest(given.encode(), f"Bearer {wanted}".encode())
 
     async def _paced(self, turn: _Turn) -> AsyncIterator[dict[str, Any]]:
         for number, event in enumerate(turn.events()):

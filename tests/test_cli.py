@@ -175,6 +175,9 @@ async def test_the_module_is_the_program(run: Run, arguments: list[str], code: i
         (["key", "a\n"], "must match"),
         (["key", "a" * 65], "must match"),
         (["demo", "--twice"], "unrecognized arguments"),
+        (["demo", "--upstream", "65536"], "must be a number from 1 to 65535"),
+        (["demo", "--upstream", "http"], "must be a number from 1 to 65535"),
+        (["demo", "--once", "--upstream", "8001"], "not allowed with argument --once"),
     ],
 )
 def test_bad_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], what: str) -> None:

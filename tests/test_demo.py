@@ -4,6 +4,7 @@ import asyncio
 import re
 import shutil
 import signal
+import socket
 import sys
 import urllib.request
 from asyncio.subprocess import PIPE, Process
@@ -192,6 +193,32 @@ def test_it_runs_in_this_process(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # The sample upstream
+
+
+async def test_it_can_be_had_alone(start: Start) -> None:
+    """With --upstream it listens on that port, answers without a key, and ends with a signal."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    process = await start("--upstream", str(port))
+    await read_until(process, f"http://127.0.0.1:{port}/v1, until Ctrl-C")
+    async with AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any") as client:
+        answer = await client.responses.create(model="m", input="hi")
+    assert answer.output_text == 'You said: "hi" That makes 1 words so far.'
+    process.send_signal(signal.SIGINT)
+    async with asyncio.timeout(10):
+        out, err = await process.communicate()
+    assert (process.returncode, err) == (0, b"")
+    assert out.endswith(b"Ended.\n")
+
+
+async def test_a_port_that_cannot_be_had_is_told(start: Start) -> None:
+    """A port that is taken is an exit code of 1 and a sentence on standard error."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        process = await start("--upstream", str(server.getsockname()[1]))
+        async with asyncio.timeout(20):
+            out, err = await process.communicate()
+    assert (process.returncode, out) == (1, b"")
+    assert re.fullmatch(r"aiproxy demo: .*address already in use\n", err.decode())
 
 
 async def test_its_events_are_strictly_valid(openai: AsyncOpenAI) -> None:
