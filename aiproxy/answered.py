@@ -1,12 +1,12 @@
-"""The output items of an answer, out of what its client was told.
+"""What an answer says, out of what its client was told.
 
-All three APIs are read by the readers that serve the Responses API: its own collector, and the
-bridges over the other two. Of an answer that broke off it is what came by then.
+A stream is read by the readers that serve the Responses API: its own collector, part by part, and
+the bridges over the other two APIs. Of one that broke off it is what came by then.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec import Raw
 
@@ -15,7 +15,6 @@ from aiproxy.dialects import Asked, members_of, value_of
 from aiproxy.dialects.chat_bridge import ChatBridge
 from aiproxy.dialects.messages_bridge import MessagesBridge
 from aiproxy.dialects.responses_output import Output
-from aiproxy.errors import ProxyError
 from aiproxy.sse import Splitter
 
 if TYPE_CHECKING:
@@ -26,8 +25,15 @@ if TYPE_CHECKING:
 _BRIDGES: dict[str, Bridge] = {"chat": ChatBridge(), "messages": MessagesBridge()}
 
 
-def output_of(api: str, said: Sequence[bytes], *, streamed: bool) -> list[dict[str, Any]]:
-    """The items, each as the Responses API has them; what is malformed is left out.
+class Said(NamedTuple):
+    """An answer's items or messages, and whether these are all of it."""
+
+    items: list[dict[str, Any]]
+    whole: bool = True
+
+
+def said_in(api: str, said: Sequence[bytes], *, streamed: bool) -> Said:
+    """Read an answer; what is malformed is left out.
 
     Args:
         api: responses, chat or messages.
@@ -35,22 +41,33 @@ def output_of(api: str, said: Sequence[bytes], *, streamed: bool) -> list[dict[s
         streamed: whether it is a stream of events.
     """
     body = b"".join(said)
+    if not streamed:
+        return Said(_whole(api, body))
     bridge = _BRIDGES.get(api)
-    if bridge is not None:
-        items = _bridged(bridge, body, streamed=streamed)
-    elif streamed:
-        items = _gathered(body)
-    else:
-        items = (members_of(body) or {}).get("output", Raw(b""))
-    found = value_of(items)
-    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+    return Said(_objects(_gathered(body))) if bridge is None else _bridged(bridge, body)
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def _whole(api: str, body: bytes) -> list[dict[str, Any]]:
+    """The items of a response, the messages of a completion's choices, or the one message."""
+    if api == "messages":
+        return _objects([value_of(Raw(body))])
+    members = members_of(body) or {}
+    if api == "chat":
+        return _objects(
+            [each.get("message") for each in _objects(value_of(members.get("choices")))]
+        )
+    return _objects(value_of(members.get("output")))
 
 
 def _frames(body: bytes) -> Iterator[bytes]:
     return (frame.raw for frame in Splitter().feed(body) if frame.whole)
 
 
-def _gathered(body: bytes) -> Raw:
+def _gathered(body: bytes) -> Any:
     """The output of a stream of the Responses API."""
     output = Output()
     for raw in _frames(body):
@@ -62,22 +79,18 @@ def _gathered(body: bytes) -> Raw:
             output.finish(event["item"], value_of(event.get("output_index")))
         else:
             output.text(data)
-    return Raw(b"[%b]" % b",".join(output.items()))
+    return value_of(Raw(b"[%b]" % b",".join(output.items())))
 
 
-def _bridged(bridge: Bridge, body: bytes, *, streamed: bool) -> Raw:
-    """The output of an answer of another API, by the bridge that would have told it."""
-    stream = bridge.stream(Asked(model="", stream=streamed, keep=True))
-    try:
-        if not streamed:
-            return Raw(b"[]") if (told := stream.told(body).produced) is None else Raw(told.output)
-        for raw in _frames(body):
-            stream.feed(raw)
-            if stream.produced is not None or stream.error is not None:
-                break
-        if stream.produced is None:
-            stream.writer.settle("incomplete")
-            return Raw(stream.writer.produced().output)
-        return Raw(stream.produced.output)
-    except ProxyError:
-        return Raw(b"[]")
+def _bridged(bridge: Bridge, body: bytes) -> Said:
+    """The output of a stream of another API, by the bridge that would have told it."""
+    stream = bridge.stream(Asked(model="", stream=True, keep=True))
+    for raw in _frames(body):
+        stream.feed(raw)
+        if stream.produced is not None or stream.error is not None:
+            break  # the end; or what a bridge cannot tell, though the client got it
+    if stream.produced is not None:
+        return Said(_objects(value_of(Raw(stream.produced.output))))
+    stream.writer.settle("incomplete")
+    output = stream.writer.produced().output
+    return Said(_objects(value_of(Raw(output))), whole=stream.error is None)

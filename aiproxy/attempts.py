@@ -276,8 +276,8 @@ class Attempts:
         if call.answer.produced is not None:
             await call.keep(call.answer.produced)
         call.send_json(200, call.answer.body, answer.passed_on())
-        if (trace := call.exchange.trace) is not None and trace.holds_content:
-            trace.keep_answer(call.answer.body, streamed=False)
+        if call.kept is not None:
+            call.kept.answer(call.answer.body, streamed=False)
         if call.reply.blocked:
             call.await_client()
             await call.reply.drain()

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from aiproxy.dialects.spoken import Way
     from aiproxy.errors import Outcome, ProxyError, Shape
     from aiproxy.exchange import Endpoint, Recorder
+    from aiproxy.kept import Kept
     from aiproxy.limits import Held, Limits
     from aiproxy.prompt_size import Size
     from aiproxy.recent import Estimate, Recent
@@ -105,8 +106,14 @@ class Call:
         self.exchange.answered = 0.0
         self.exchange.upstream_request_id = ""
         if (trace := self.exchange.trace) is not None:
-            trace.asked, trace.model = way.spoken.api, way.target.model or way.asked.model
+            trace.aim(way.spoken.api, way.target.model or way.asked.model)
         self.watch.bound(way.target.upstream.timeouts.total)
+
+    @property
+    def kept(self) -> Kept | None:
+        """What is kept of it for its spans, if it has any."""
+        trace = self.exchange.trace
+        return None if trace is None else trace.kept
 
     # -- answering
 

@@ -84,10 +84,13 @@ class Envelope:
         raw = self._members.get(name)
         return raw is not None and bytes(raw).strip() != b"null"
 
-    def raw(self, name: str) -> bytes | None:
-        """A value as it was written, without space around it; None when not given or null."""
+    def raw(self, name: str, most: int | None = None) -> bytes | None:
+        """A value as it was written, without space around it; None when not given or null.
+
+        `most`: None also when it has more bytes; then it is not copied.
+        """
         raw = self._members.get(name)
-        if raw is None:
+        if raw is None or (most is not None and memoryview(raw).nbytes > most):
             return None
         value = bytes(raw).strip()
         return None if value == b"null" else value

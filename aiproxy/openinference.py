@@ -1,8 +1,9 @@
 """What a request and its answer say, as OpenInference's attributes name it (extra `otel`).
 
 Requests and answers of all APIs become messages alike: a role, parts of content, calls of tools.
-Without `content` spans hold roles, names of tools, and the parameters that say how an answer is to
-be made; never a text. Sources: OpenInference, "Semantic Conventions"; the API references.
+Without contents spans hold roles, names of tools, and the parameters that say how an answer is to
+be made; never a text. Sources: OpenInference, "Semantic Conventions"; OpenTelemetry, "Semantic
+conventions for generative AI" (`gen_ai.request.*`); the API references.
 """
 
 from __future__ import annotations
@@ -22,38 +23,40 @@ from openinference.semconv.trace import (
     ToolCallAttributes,
 )
 
-from aiproxy.answered import output_of
+from aiproxy.answered import said_in
 from aiproxy.dialects import value_of
+from aiproxy.kept import MESSAGES, PARAMETERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from aiproxy.trace import Trace
+    from aiproxy.kept import Kept
 
-MOST_MESSAGES = 128  # the newest of a request
+    Told = Iterator[tuple[str, str | int | float | bool]]
+
+MOST_MESSAGES, MOST_PLAIN = 128, 8  # the newest of a request; so many without contents
 MOST_TOOLS = 128
 MOST_PARTS = 64  # of a message: parts, and calls
 MOST_TEXT = 32 * 1024  # characters of one text
 MOST_NAME = 128  # characters of a name that the client made
 MOST_PARAMETER = 1024  # bytes of one parameter
+MOST_WORD = 32  # bytes of one without contents
+MOST_VALUES = 20_000  # brackets in a field: one with more takes too long to read
 
 OMITTED = "aiproxy.input_messages.omitted"  # how many older messages are not told
 CUT = "aiproxy.content.cut"  # there was no room for all of the request or the answer
 
-# What says how an answer is to be made, and is no text of the client's.
-_PARAMETERS = {
-    name: b'"%b":' % name.encode()
-    for name in (
-        "background", "dimensions", "encoding_format", "frequency_penalty", "include", "logprobs",
-        "max_completion_tokens", "max_output_tokens", "max_tokens", "max_tool_calls", "modalities",
-        "n", "parallel_tool_calls", "presence_penalty", "prompt_cache_retention", "reasoning",
-        "reasoning_effort", "seed", "service_tier", "store", "stream", "stream_options",
-        "temperature", "thinking", "top_k", "top_logprobs", "top_p", "truncation", "verbosity",
-    )
-}  # fmt: skip
-_TOLD_AS_MESSAGES = frozenset({"input", "instructions", "messages", "model", "system", "tools"})
+_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _KINDS = {"input_image": "image", "image_url": "image", "image": "image"}
 _TEXTS = ("text", "refusal", "thinking", "output", "input")  # where a part may have its text
+_REQUESTED = {
+    "temperature": "gen_ai.request.temperature",
+    "top_p": "gen_ai.request.top_p",
+    "max_output_tokens": "gen_ai.request.max_tokens",
+    "max_completion_tokens": "gen_ai.request.max_tokens",
+    "max_tokens": "gen_ai.request.max_tokens",
+    "stream": "gen_ai.request.stream",
+}
 
 
 @dataclass(slots=True)
@@ -65,73 +68,111 @@ class _Message:
     plain: bool = False  # its content is one text
 
 
-def attributes(trace: Trace, *, answered: bool) -> Iterator[tuple[str, str | int | bool]]:
+class _Fields:
+    """A request's body.
+
+    Attributes:
+        cut: something of it is not told.
+    """
+
+    def __init__(self, kept: Kept) -> None:
+        self._fields: Mapping[str, bytes] = kept.fields
+        self._content = kept.content
+        self.cut = kept.cut
+
+    def value(self, name: str) -> Any:
+        """A field, decoded; None if there is none, or if that would take too long."""
+        raw = self._fields.get(name)
+        if raw is None:
+            return None
+        if raw.count(b"{") + raw.count(b"[") > MOST_VALUES:
+            self.cut = True
+            return None
+        return value_of(Raw(raw))
+
+    def parameters(self) -> Told:
+        """What says how the answer is to be made: as one JSON object, and one by one."""
+        named = []
+        for name, raw in self._fields.items():
+            if name in MESSAGES or not (self._content or _is_plain(name, raw)):
+                continue
+            if len(raw) > MOST_PARAMETER:
+                self.cut = True
+                continue
+            named.append(b"%b:%b" % (json.dumps(name).encode(), raw))
+            if (known := _REQUESTED.get(name)) is not None:
+                value = value_of(Raw(raw))
+                if isinstance(value, (int, float)):
+                    yield known, value
+        if named:
+            yield SpanAttributes.LLM_INVOCATION_PARAMETERS, (b"{%b}" % b",".join(named)).decode()
+
+
+def _is_plain(name: str, raw: bytes) -> bool:
+    """Whether a parameter is a number, a boolean or a word; what is longer may be any text."""
+    return name in PARAMETERS and raw[:1] not in b"{[" and len(raw) <= MOST_WORD
+
+
+def attributes(kept: Kept, *, answered: bool) -> Told:
     """All that a request's body and its answer say; `answered`: whether there was one."""
-    told: Iterable[tuple[str, str | int]] = ()
-    if trace.api == "embeddings":
-        told = _embedding(trace)
-    elif trace.api:
-        told = _model(trace, answered=answered)
-    cut = trace.cut
+    fields = _Fields(kept)
+    told: Told = iter(())
+    if kept.api == "embeddings":
+        told = _embedding(fields, content=kept.content)
+    elif kept.api:
+        told = _model(fields, kept, answered=answered)
+    cut = False
     for key, value in told:
         cut = cut or (isinstance(value, str) and len(value) >= MOST_TEXT)
         yield key, value
-    if cut:
+    if cut or fields.cut:
         yield CUT, True
 
 
-def _embedding(trace: Trace) -> Iterator[tuple[str, str]]:
-    if parameters := _parameters(trace.fields, content=trace.content):
-        yield SpanAttributes.EMBEDDING_INVOCATION_PARAMETERS, parameters
-    given = value_of(_raw(trace.fields, "input")) if trace.content else None
+def _embedding(fields: _Fields, *, content: bool) -> Told:
+    for key, value in fields.parameters():
+        if key == SpanAttributes.LLM_INVOCATION_PARAMETERS:
+            yield SpanAttributes.EMBEDDING_INVOCATION_PARAMETERS, value
+    given = fields.value("input") if content else None
     for place, text in enumerate((given if isinstance(given, list) else [given])[:MOST_MESSAGES]):
         if isinstance(text, str):
             at = f"{SpanAttributes.EMBEDDING_EMBEDDINGS}.{place}."
             yield f"{at}{EmbeddingAttributes.EMBEDDING_TEXT}", text[:MOST_TEXT]
 
 
-def _model(trace: Trace, *, answered: bool) -> Iterator[tuple[str, str | int]]:
-    fields, content = trace.fields, trace.content
-    if parameters := _parameters(fields, content=content):
-        yield SpanAttributes.LLM_INVOCATION_PARAMETERS, parameters
-    yield from _tools(value_of(_raw(fields, "tools")), content=content)
-    asked = [*_asked(fields)]
-    if len(asked) > MOST_MESSAGES:
-        yield OMITTED, len(asked) - MOST_MESSAGES
-    prefix = SpanAttributes.LLM_INPUT_MESSAGES
-    yield from _all_told(prefix, asked[-MOST_MESSAGES:], content=content)
-    answer = _answer(trace)[:MOST_MESSAGES] if answered or trace.said else []
-    yield from _all_told(SpanAttributes.LLM_OUTPUT_MESSAGES, answer, content=content)
-    if content:  # what lists of spans show
-        yield SpanAttributes.INPUT_VALUE, _text(asked[-1:])
-        yield SpanAttributes.OUTPUT_VALUE, _text(answer)
+def _model(fields: _Fields, kept: Kept, *, answered: bool) -> Told:
+    content = kept.content
+    yield from fields.parameters()
+    yield from _tools(fields.value("tools"), content=content)
+    asked, omitted = _asked(fields, kept.api, MOST_MESSAGES if content else MOST_PLAIN)
+    if omitted:
+        yield OMITTED, omitted
+    yield from _all_told(SpanAttributes.LLM_INPUT_MESSAGES, asked, content=content)
+    if not content:
+        answer = [_Message("assistant")] if answered else []
+    else:
+        items, whole = said_in(kept.api, kept.said, streamed=kept.streamed)
+        answer = [message for item in items for message in _messages(item)]
+        fields.cut = fields.cut or not whole or len(answer) > MOST_MESSAGES
+    yield from _all_told(
+        SpanAttributes.LLM_OUTPUT_MESSAGES, answer[:MOST_MESSAGES], content=content
+    )
+    if not content:
+        return
+    for key, messages in (
+        (SpanAttributes.INPUT_VALUE, asked[-1:]),
+        (SpanAttributes.OUTPUT_VALUE, answer),
+    ):
+        if text := _text(messages):  # what lists of spans show
+            yield key, text
 
 
-def _raw(fields: Mapping[str, bytes], name: str) -> Raw | None:
-    value = fields.get(name)
-    return None if value is None else Raw(value)
-
-
-def _parameters(fields: Mapping[str, bytes], *, content: bool) -> str:
-    """A JSON object of the parameters; empty without any."""
-    named = []
-    for name, value in fields.items():
-        quoted = _PARAMETERS.get(name)
-        if quoted is None:
-            if not content or name in _TOLD_AS_MESSAGES:
-                continue
-            quoted = json.dumps(name).encode() + b":"
-        if len(value) <= MOST_PARAMETER:
-            named.append(quoted + value)
-    return (b"{%b}" % b",".join(named)).decode() if named else ""
-
-
-def _tools(tools: Any, *, content: bool) -> Iterator[tuple[str, str]]:
-    for place, tool in enumerate(_objects(tools)[:MOST_TOOLS]):
+def _tools(tools: Any, *, content: bool) -> Told:
+    for place, tool in enumerate(_objects(tools)[: MOST_TOOLS if content else MOST_PLAIN]):
         at = f"{SpanAttributes.LLM_TOOLS}.{place}."
         function = tool.get("function")
         name = (function if isinstance(function, dict) else tool).get("name") or tool.get("type")
-        yield f"{at}{ToolAttributes.TOOL_NAME}", str(name)[:MOST_NAME]
+        yield f"{at}{ToolAttributes.TOOL_NAME}", _name(name)
         if content and len(schema := json.dumps(tool)) <= MOST_TEXT:  # cut it is no JSON
             yield f"{at}{ToolAttributes.TOOL_JSON_SCHEMA}", schema
 
@@ -139,24 +180,17 @@ def _tools(tools: Any, *, content: bool) -> Iterator[tuple[str, str]]:
 # -- messages
 
 
-def _asked(fields: Mapping[str, bytes]) -> Iterator[_Message]:
-    """The messages of a request, whichever API it is of."""
-    for name in ("instructions", "system"):
-        if (given := value_of(_raw(fields, name))) is not None:
-            yield from _messages({"role": "system", "content": given})
-    given = value_of(_raw(fields, "input"))
+def _asked(fields: _Fields, api: str, most: int) -> tuple[list[_Message], int]:
+    """The newest messages of a request, and how many older ones there are."""
+    head = fields.value("instructions" if api == "responses" else "system")
+    first = [] if head is None else [*_messages({"role": "system", "content": head})]
+    given = fields.value("input" if api == "responses" else "messages")
     if isinstance(given, str):
-        yield _Message("user", [("text", given)], plain=True)
-    for item in _objects(given if given is not None else value_of(_raw(fields, "messages"))):
-        yield from _messages(item)
-
-
-def _answer(trace: Trace) -> list[_Message]:
-    """The messages of an answer: its items, or without `content` that there was one."""
-    if not trace.content:
-        return [_Message("assistant")]
-    items = output_of(trace.api, trace.said, streamed=trace.streamed)
-    return [message for item in items for message in _messages(item)]
+        return [*first, _Message("user", [("text", given)], plain=True)], 0
+    items = _objects(given)
+    asked = [message for item in items[-most:] for message in _messages(item)]
+    told = [*first, *asked][-most:]
+    return told, max(0, len(items) - most) + len(first) + len(asked) - len(told)
 
 
 def _messages(item: dict[str, Any]) -> Iterator[_Message]:
@@ -178,6 +212,8 @@ def _messages(item: dict[str, Any]) -> Iterator[_Message]:
         for call in _objects(item.get("tool_calls")):
             function = call.get("function") or call.get("custom")
             message.calls.append(_call(call.get("id"), function))
+        if isinstance(item.get("function_call"), dict):  # of older clients
+            message.calls.append(_call(None, item["function_call"]))
         yield from (_result(each.get("tool_use_id"), each.get("content")) for each in results)
         if message.parts or message.calls or not results:
             yield message
@@ -239,7 +275,9 @@ def _address(part: dict[str, Any]) -> str:
     if isinstance(given, dict):
         given = given.get("url") or f"data:{_name(given.get('media_type'))};base64,"
     text = given if isinstance(given, str) else ""
-    return text.partition(",")[0] + ",..." if text.startswith("data:") else text
+    if text.startswith(("http://", "https://")) or not text:
+        return text
+    return f"{text[:MOST_NAME].partition(',')[0]},..." if text.startswith("data:") else "..."
 
 
 def _name(value: Any) -> str:
@@ -253,9 +291,17 @@ def _objects(value: Any) -> list[dict[str, Any]]:
 # -- as attributes
 
 
-def _all_told(prefix: str, messages: list[_Message], *, content: bool) -> Iterator[tuple[str, str]]:
+def _all_told(prefix: str, messages: Iterable[_Message], *, content: bool) -> Told:
     for place, message in enumerate(messages):
-        yield from _told(f"{prefix}.{place}.", message, content=content)
+        at = f"{prefix}.{place}."
+        if content:
+            yield from _told(at, message)
+            continue
+        role = message.role if message.role in _ROLES else "other"
+        yield f"{at}{MessageAttributes.MESSAGE_ROLE}", role
+        for number, (_, name, _) in enumerate(message.calls[:MOST_PLAIN]):
+            call = f"{at}{MessageAttributes.MESSAGE_TOOL_CALLS}.{number}."
+            yield f"{call}{ToolCallAttributes.TOOL_CALL_FUNCTION_NAME}", name
 
 
 def _text(messages: list[_Message]) -> str:
@@ -264,7 +310,7 @@ def _text(messages: list[_Message]) -> str:
     return "\n".join(texts)[:MOST_TEXT]
 
 
-def _told(at: str, message: _Message, *, content: bool) -> Iterator[tuple[str, str]]:
+def _told(at: str, message: _Message) -> Told:
     yield f"{at}{MessageAttributes.MESSAGE_ROLE}", message.role
     if message.call_id:
         yield f"{at}{MessageAttributes.MESSAGE_TOOL_CALL_ID}", message.call_id
@@ -273,11 +319,8 @@ def _told(at: str, message: _Message, *, content: bool) -> Iterator[tuple[str, s
         yield f"{call}{ToolCallAttributes.TOOL_CALL_FUNCTION_NAME}", name
         if call_id:
             yield f"{call}{ToolCallAttributes.TOOL_CALL_ID}", call_id
-        if content:
-            named = ToolCallAttributes.TOOL_CALL_FUNCTION_ARGUMENTS_JSON
-            yield f"{call}{named}", arguments[:MOST_TEXT]
-    if not content:
-        return
+        named = ToolCallAttributes.TOOL_CALL_FUNCTION_ARGUMENTS_JSON
+        yield f"{call}{named}", arguments[:MOST_TEXT]
     if message.plain and len(message.parts) == 1:
         yield f"{at}{MessageAttributes.MESSAGE_CONTENT}", message.parts[0][1][:MOST_TEXT]
         return

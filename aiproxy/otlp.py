@@ -4,8 +4,8 @@ The queue, its batches and their thread are those of OpenTelemetry's batch proce
 one item for each request. What a batch becomes is made in that thread. A collector that is slow,
 away or refuses costs requests nothing: what does not fit into the queue is dropped and counted.
 
-Of OpenTelemetry's own variables of the environment those in `exporting` hold here, and by
-its SDK OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_BSP_SCHEDULE_DELAY, OTEL_TRACES_SAMPLER.
+Of OpenTelemetry's own variables of the environment those in `exporting` hold here, and by its SDK
+OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_TRACES_SAMPLER and OTEL_TRACES_SAMPLER_ARG.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import requests
 from google.protobuf.message import DecodeError
 from opentelemetry.context import Context
+from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import DEFAULT_ON, Decision
 from opentelemetry.trace import (
@@ -35,17 +35,20 @@ from opentelemetry.trace import (
 )
 
 import aiproxy
+from aiproxy.otlp_post import NotSentError, Poster
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from aiproxy.exchange import Exchange
     from aiproxy.exporting import Exporting
+    from aiproxy.otlp_wire import Value
     from aiproxy.trace import Parent
 
 QUEUE = 2048  # requests that wait; the processor's own default
 BATCH = 256  # of them are taken at once
-BACKOFF, MOST_BACKOFF = 0.5, 5.0  # seconds between two of these
+BACKOFF, MOST_BACKOFF = 0.5, 5.0  # seconds before a batch is sent again
+AT_THE_END = 5.0  # seconds for all that waits once it is to end
 
 _SUCCESS = range(200, 300)
 _NO_RESOURCE = Resource.get_empty()  # else each span looks for one
@@ -55,7 +58,7 @@ _log = logging.getLogger(__name__)
 
 
 class Payload(NamedTuple):
-    """A body to send, and the number of spans in it."""
+    """A body to send, and the number of spans in it; empty where they could not be made."""
 
     body: bytes
     spans: int
@@ -65,7 +68,7 @@ class Encode(Protocol):
     """Makes bodies of requests that ended."""
 
     def __call__(self, exchanges: Sequence[Exchange], /) -> Iterator[Payload]:
-        """Make them one after another; what was kept of a request is released."""
+        """Make them one after another."""
 
 
 @dataclass(slots=True)
@@ -89,7 +92,10 @@ class Sampling:
     """Which requests have spans, as OTEL_TRACES_SAMPLER says; by default as the parent has it."""
 
     def __init__(self) -> None:
-        self._sampler = TracerProvider(shutdown_on_exit=False).sampler  # the SDK reads it there
+        # The SDK reads the variable there. What else it would read is given.
+        limits = SpanLimits(**dict.fromkeys(_LIMITS, SpanLimits.UNSET))
+        provider = TracerProvider(resource=_NO_RESOURCE, shutdown_on_exit=False, span_limits=limits)
+        self._sampler = provider.sampler
 
     def __call__(self, trace_id: int, parent: Parent | None) -> bool:
         """Whether one has."""
@@ -104,116 +110,135 @@ class Sampling:
         return result.decision is Decision.RECORD_AND_SAMPLE
 
 
-def resource() -> Mapping[str, Any]:
+_LIMITS = (
+    "max_attributes", "max_events", "max_links", "max_span_attributes", "max_event_attributes",
+    "max_link_attributes", "max_attribute_length", "max_span_attribute_length",
+)  # fmt: skip
+
+
+def resource() -> Mapping[str, Value]:
     """Who exports, as attributes; what the environment says of it wins."""
-    own = Resource(
-        {
-            "service.name": "aiproxy",
-            "service.version": aiproxy.__version__,
-            "service.instance.id": str(uuid.uuid4()),
-        }
-    )
-    return own.merge(OTELResourceDetector().detect()).attributes
+    own = {
+        "service.name": "aiproxy",
+        "service.version": aiproxy.__version__,
+        "service.instance.id": str(uuid.uuid4()),
+    }
+    given = OTELResourceDetector().detect().attributes
+    return own | {key: value for key, value in given.items() if isinstance(value, str)}
 
 
 class _Exporter(SpanExporter):
     """Sends batches. Runs in the processor's thread."""
 
-    def __init__(self, endpoint: str, how: Exporting, encode: Encode, counts: Counts) -> None:
-        self._endpoint = endpoint
+    def __init__(self, poster: Poster, how: Exporting, encode: Encode, counts: Counts) -> None:
+        self._poster = poster
         self._how = how
         self._encode = encode
         self._counts = counts
-        self._session = requests.Session()
-        self._session.trust_env = False  # no proxies of the environment, no .netrc
-        self._session.headers.update(
-            {
-                "User-Agent": f"aiproxy/{aiproxy.__version__}",
-                "Content-Type": "application/x-protobuf",
-                **({"Content-Encoding": "gzip"} if how.gzip else {}),
-                **how.headers,
-            }
-        )
-        self._session.verify = how.certificate or True
-        self._failing = False
+        self._reason = ""  # why the last one was not taken
+        self._until = float("inf")  # the end of all
         self.done = 0  # requests
-        self.stopping = threading.Event()
+        self._stopping = threading.Event()
+
+    def hurry(self) -> None:
+        """What waits is sent once more, as far as it can be in time."""
+        self._until = time.monotonic() + AT_THE_END
+        self._stopping.set()
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """See `SpanExporter`."""
+        """See `SpanExporter`. Whatever happens, every span is counted, and all is released."""
         finished = [each.exchange for each in spans if isinstance(each, Finished)]
+        left = sum(map(_spans, finished))
         try:
-            for payload in self._encode(finished):
+            for payload in self._encode(finished) if time.monotonic() < self._until else ():
+                left -= payload.spans
                 self._deliver(payload)
         finally:
+            self._counts.failed += left
+            for exchange in finished:
+                release(exchange)
             self.done += len(finished)
         return SpanExportResult.SUCCESS
 
     def _deliver(self, payload: Payload) -> None:
-        reason = self._send(payload) if payload.body else "a bug"
-        if reason is None:
-            self._counts.exported += payload.spans
-            if self._failing:
-                self._failing = False
-                _log.warning("spans are exported again")
+        try:
+            rejected = self._send(payload) if payload.body else payload.spans
+            reason = ""
+        except NotSentError as error:
+            rejected, reason = payload.spans, str(error)
+        rejected = min(max(rejected, 0), payload.spans)
+        self._counts.failed += rejected
+        self._counts.exported += payload.spans - rejected
+        if reason == self._reason:  # once: a collector may be away for days
             return
-        self._counts.failed += payload.spans
-        if not self._failing:  # once: a collector may be away for days
-            self._failing = True
+        self._reason = reason
+        if reason:
             _log.warning("spans cannot be exported: %s", reason)
+        else:
+            _log.warning("spans are exported again")
 
-    def _send(self, payload: Payload) -> str | None:
-        """Send a body, again where that is allowed; why it was not taken."""
+    def _send(self, payload: Payload) -> int:
+        """Send a body, again where that is allowed; how many of its spans were not taken.
+
+        Raises:
+            NotSentError: none was.
+        """
         body = gzip.compress(payload.body, 1) if self._how.gzip else payload.body
-        until = time.monotonic() + self._how.timeout
+        until = min(time.monotonic() + self._how.timeout, self._until)
         wait = BACKOFF
         while True:
-            left = until - time.monotonic()
-            answer: requests.Response | None = None
             try:
-                answer = self._session.post(
-                    self._endpoint, data=body, timeout=max(left, 0.1), allow_redirects=False
-                )
-            except (requests.RequestException, OSError) as error:
-                reason = type(error).__name__  # its text may hold the address with all its parts
+                answer = self._poster.post(body, until)
+            except NotSentError as error:
+                failed = error
             else:
-                if answer.status_code in _SUCCESS:
-                    return self._rejected(answer.content)
-                reason = f"status {answer.status_code}"
-                if answer.status_code not in _AGAIN:
-                    return reason
-                asked = answer.headers.get("Retry-After", "")
-                wait = max(wait, float(asked)) if asked.isdecimal() else wait
-            if time.monotonic() + wait > until or self.stopping.wait(wait):
-                return reason
+                if answer.status in _SUCCESS:
+                    return _rejected(answer.body)
+                failed = NotSentError(f"status {answer.status}")
+                if answer.status not in _AGAIN:
+                    raise failed
+                wait = max(wait, answer.retry_after)
+            if time.monotonic() + wait > until or self._stopping.wait(wait):
+                raise failed
             wait = min(MOST_BACKOFF, 2 * wait)
-
-    def _rejected(self, body: bytes) -> str | None:
-        """Read what a collector did not take of a batch that it took (OTLP, "Partial Success")."""
-        try:
-            partial = ExportTraceServiceResponse.FromString(body).partial_success
-        except DecodeError:
-            return None
-        if not partial.rejected_spans:
-            return None
-        self._counts.exported -= partial.rejected_spans
-        self._counts.failed += partial.rejected_spans
-        _log.warning("the collector has rejected %d spans of a batch", partial.rejected_spans)
-        return None
 
     def shutdown(self) -> None:
         """See `SpanExporter`."""
-        self._session.close()
+        self._poster.close()
+
+
+def _rejected(body: bytes) -> int:
+    """What a collector did not take of a batch that it took (OTLP, "Partial Success")."""
+    try:
+        rejected: int = ExportTraceServiceResponse.FromString(body).partial_success.rejected_spans
+    except DecodeError:  # some answer with something else
+        return 0
+    return rejected
+
+
+def _spans(exchange: Exchange) -> int:
+    return 0 if exchange.trace is None else 1 + len(exchange.trace.attempts)
+
+
+def release(exchange: Exchange) -> None:
+    """What was kept for a request's spans is not needed any more; from any thread."""
+    if exchange.trace is not None and exchange.trace.kept is not None:
+        exchange.trace.kept.release()
 
 
 class Pipeline:
     """The queue to one collector, from its making to `stop`."""
 
-    def __init__(self, endpoint: str, how: Exporting, encode: Encode, counts: Counts) -> None:
+    def __init__(self, url: str, how: Exporting, encode: Encode, counts: Counts) -> None:
         self._counts = counts
-        self._exporter = _Exporter(endpoint, how, encode, counts)
+        self._exporter = _Exporter(Poster(url, how), how, encode, counts)
         self._processor = BatchSpanProcessor(
-            self._exporter, max_queue_size=QUEUE, max_export_batch_size=BATCH
+            self._exporter,
+            max_queue_size=QUEUE,
+            max_export_batch_size=BATCH,
+            schedule_delay_millis=how.delay * 1000,
+            export_timeout_millis=how.timeout * 1000,
+            meter_provider=NoOpMeterProvider(),
         )
         self._put = 0
         self._stopped: threading.Thread | None = None
@@ -223,8 +248,8 @@ class Pipeline:
         trace = exchange.trace
         assert trace is not None  # noqa: S101 - only such come here
         if self._put - self._exporter.done >= QUEUE or self._stopped is not None:
-            self._counts.dropped += 1 + len(trace.attempts)
-            trace.release()
+            self._counts.dropped += _spans(exchange)
+            release(exchange)
             return
         self._put += 1
         context = SpanContext(
@@ -233,9 +258,9 @@ class Pipeline:
         self._processor.on_end(Finished(exchange, context))
 
     def stop(self) -> threading.Thread:
-        """Send what waits, once, and end; the thread in which that is done."""
+        """Send what waits, as far as it can be in time, and end; the thread in which that is."""
         if self._stopped is None:
-            self._exporter.stopping.set()
+            self._exporter.hurry()
             self._stopped = threading.Thread(
                 target=self._processor.shutdown, name="spans", daemon=True
             )

@@ -47,7 +47,7 @@ def _part(tag: bytes, data: bytes) -> bytes:
 
 def attribute(key: str, value: Value, tag: bytes = b"\x4a") -> bytes:
     """An attribute of a span (`tag`: of another message). Lone surrogates become `?`."""
-    name = key.encode()
+    name = key.encode("utf-8", "replace")
     if isinstance(value, str):
         # A header that is no UTF-8 comes with surrogates, which no string of protobuf may have.
         text = value.encode("utf-8", "replace")
@@ -128,7 +128,7 @@ def span(
     return b"\x12%b%b" % (_varint(len(data)), data)
 
 
-class Envelope:
+class ExportRequest:
     """Around the spans of one body: who exports them.
 
     Args:

@@ -193,8 +193,8 @@ class Proxy:
         envelope, call.size = await self.receive(call)
         asked = call.asked = dialect.request(envelope)
         asked.clock = time.time
-        if (trace := call.exchange.trace) is not None and trace.sampled:
-            trace.keep_request(dialect.api, envelope, envelope.raw)
+        if (kept := call.kept) is not None:
+            kept.request(dialect.api, envelope)
         route = self.choose(call, asked, key)
         auth.permit(key, envelope)
         await self.restrict(route, envelope)

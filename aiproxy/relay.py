@@ -51,8 +51,7 @@ class Relay:
         self._settle = settle
         self._held: list[bytes] = []  # lifecycle events, while another attempt may follow
         self._held_size = 0
-        trace = call.exchange.trace
-        self._trace = trace if trace is not None and trace.holds_content else None
+        self._kept = call.kept
 
     async def run(self) -> None:
         """Relay to the end of the upstream's body; the client's body is left open.
@@ -176,8 +175,8 @@ class Relay:
         call.told = True
         call.reply.write(data)
         call.watch.sent()
-        if self._trace is not None:
-            self._trace.keep_answer(data, streamed=True)
+        if self._kept is not None:
+            self._kept.answer(data, streamed=True)
         if self._stream.output_started and not call.exchange.first_token:
             call.exchange.first_token = time.monotonic()
 

@@ -21,7 +21,7 @@ from aiproxy.otlp_wire import (
     CLIENT,
     FAILED,
     SERVER,
-    Envelope,
+    ExportRequest,
     attribute,
     attributes,
     event,
@@ -29,9 +29,10 @@ from aiproxy.otlp_wire import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from aiproxy.exchange import Endpoint, Exchange
+    from aiproxy.kept import Kept
     from aiproxy.otlp_wire import Value
     from aiproxy.trace import Attempt, Trace
 
@@ -73,12 +74,10 @@ class Encoder:
 
     Args:
         resource: who exports them, as attributes.
-        wall: seconds since the epoch at 0 of the exchanges' clock.
     """
 
-    def __init__(self, resource: Mapping[str, Value], wall: Callable[[], float]) -> None:
-        self._envelope = Envelope(resource, ("aiproxy", aiproxy.__version__))
-        self._wall = wall
+    def __init__(self, resource: Mapping[str, Value]) -> None:
+        self._request_of = ExportRequest(resource, ("aiproxy", aiproxy.__version__))
         self._known: dict[tuple[Value, ...], bytes] = {}
 
     def __call__(self, exchanges: Sequence[Exchange], /) -> Iterator[Payload]:
@@ -94,37 +93,35 @@ class Encoder:
                 continue
             new = sum(map(len, made))
             if spans and size + new > MOST_BODY:
-                yield Payload(self._envelope.body(spans), len(spans))
+                yield Payload(self._request_of.body(spans), len(spans))
                 spans, size = [], 0
             spans += made
             size += new
         if spans:
-            yield Payload(self._envelope.body(spans), len(spans))
+            yield Payload(self._request_of.body(spans), len(spans))
 
     def spans(self, exchange: Exchange) -> list[bytes]:
-        """All of a request, its own first; what was kept for them is released."""
+        """All of a request, its own first."""
         trace = exchange.trace
-        if trace is None:
+        if trace is None or trace.kept is None:
             return []
-        try:
-            offset = self._wall()
-            made = [self._request(exchange, trace, offset)]
-            for number, attempt in enumerate(trace.attempts, 1):
-                made.append(self._attempt(exchange, trace, number, attempt, offset))
-        finally:
-            trace.release()
+        made = [self._request(exchange, trace, trace.kept)]
+        for number, attempt in enumerate(trace.attempts, 1):
+            made.append(self._attempt(exchange, trace, number, attempt))
         return made
 
     # -- the request's own
 
-    def _request(self, exchange: Exchange, trace: Trace, offset: float) -> bytes:
+    def _request(self, exchange: Exchange, trace: Trace, kept: Kept) -> bytes:
         path = _PATHS.get(exchange.endpoint)
         told: Attributes = {"aiproxy.request_id": exchange.request_id}
         if exchange.client:
             told["client.address"] = exchange.client
         _usage(told, exchange)
-        told.update(openinference(trace, answered=exchange.outcome in _ANSWERED))
-        first = exchange.first_token
+        told.update(openinference(kept, answered=exchange.outcome in _ANSWERED))
+        first, offset = exchange.first_token, trace.offset
+        if first:
+            told["gen_ai.response.time_to_first_chunk"] = first - exchange.started
         return span(
             trace_id=trace.trace_id,
             span_id=trace.span_id,
@@ -173,6 +170,7 @@ class Encoder:
                 "gen_ai.provider.name": _provider(exchange.endpoint),
                 "gen_ai.request.model": exchange.model[:_MOST_TEXT],
                 named: exchange.model[:_MOST_TEXT],
+                SpanAttributes.LLM_SYSTEM: _provider(exchange.endpoint),
                 SpanAttributes.OPENINFERENCE_SPAN_KIND: (
                     kinds.EMBEDDING if embeds else kinds.LLM
                 ).value,
@@ -194,22 +192,20 @@ class Encoder:
 
     # -- an attempt's
 
-    def _attempt(
-        self, exchange: Exchange, trace: Trace, number: int, attempt: Attempt, offset: float
-    ) -> bytes:
+    def _attempt(self, exchange: Exchange, trace: Trace, number: int, attempt: Attempt) -> bytes:
         operation = _OPERATIONS.get(exchange.endpoint)
         rest = self._of_attempt(trace.method, number, attempt, operation or "")
         if attempt.request_id:
             told = attempt.request_id[:_MOST_TEXT]
             rest += attribute("aiproxy.upstream_request_id", told)
-        began, ended = attempt.began, attempt.ended or exchange.ended
+        began, ended, offset = attempt.began, attempt.ended or exchange.ended, trace.offset
         return span(
             trace_id=trace.trace_id,
             span_id=attempt.span_id,
             parent_id=trace.span_id,
             remote=False,
             state=trace.state,
-            name=f"{operation or exchange.endpoint} {attempt.model[:_MOST_TEXT]}".rstrip(),
+            name=f"{operation or exchange.endpoint} {attempt.model}".rstrip(),
             times=(_nanoseconds(began, offset), _nanoseconds(ended, offset)),
             rest=rest,
         )
@@ -239,7 +235,7 @@ class Encoder:
         if operation:
             told["gen_ai.operation.name"] = operation
             told["gen_ai.provider.name"] = _provider(attempt.api)
-            told["gen_ai.request.model"] = attempt.model[:_MOST_TEXT]
+            told["gen_ai.request.model"] = attempt.model
             # Else readers take it for another call of a model, and count it twice.
             told[SpanAttributes.OPENINFERENCE_SPAN_KIND] = OpenInferenceSpanKindValues.CHAIN.value
         return self._remember(facts, CLIENT, told, failed=failed)

@@ -11,7 +11,8 @@ import time
 from typing import TYPE_CHECKING
 
 from aiproxy import exporting
-from aiproxy.trace import Budget, Trace, new_span_id, new_trace_id, parent_of, state_of
+from aiproxy.kept import Budget, Kept
+from aiproxy.trace import Trace, new_span_id, new_trace_id, parent_of, state_of
 
 if TYPE_CHECKING:
     import threading
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from aiproxy.otlp_wire import Value
 
 MOST_KEPT = 64 * 1024 * 1024  # bytes of requests and answers that wait for their spans
-MOST_CONTENT = 1024 * 1024  # of one request, and of its answer, with `content`
-MOST_PLAIN = 64 * 1024  # of one request without: enough for roles and names
 
 
 class Tracing:
@@ -65,8 +64,8 @@ class Tracing:
         from aiproxy.spans import Encoder  # noqa: PLC0415 - the same
 
         counts = Counts()
-        encode = Encoder(self._resource, lambda: time.time() - time.monotonic())
-        pipeline = Pipeline(configured.otlp, exporting.read(os.environ), encode, counts)
+        how = exporting.read(os.environ)
+        pipeline = Pipeline(configured.otlp, how, Encoder(self._resource), counts)
         self._counts.append(counts)
         return pipeline
 
@@ -77,28 +76,28 @@ class Tracing:
         headers = request.headers
         parent = parent_of(headers.getall("traceparent", ()))
         trace_id = new_trace_id() if parent is None else parent.trace_id
-        content = self._configured.content
+        kept = None
+        if self._sampling(trace_id, parent):
+            kept = Kept(self._budget, content=self._configured.content)
         return Trace(
             trace_id=trace_id,
             span_id=new_span_id(),
             parent=parent,
             state="" if parent is None else state_of(headers.getall("tracestate", ())),
-            sampled=self._sampling(trace_id, parent),
             method=request.method,
-            most=MOST_CONTENT if content else MOST_PLAIN,
-            content=content,
-            budget=self._budget,
+            kept=kept,
         )
 
     def record(self, exchange: Exchange) -> None:
-        """A request with a trace has ended."""
+        """A request has ended."""
         trace = exchange.trace
-        if trace is None:
+        if trace is None or trace.kept is None:
             return
-        if trace.sampled and self._pipeline is not None:
+        trace.offset = time.time() - time.monotonic()
+        if self._pipeline is not None:
             self._pipeline.put(exchange)
-        else:
-            trace.release()
+        else:  # a reload has ended tracing meanwhile
+            trace.kept.release()
 
     def totals(self) -> dict[str, int]:
         """Spans since the start, by what became of them; empty if there was never a collector."""

@@ -6,7 +6,7 @@ with a status that is no success.
 
 import gzip
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -57,6 +57,7 @@ class Collector:
     requests: list[dict[str, str]] = field(default_factory=list)  # their headers
     statuses: list[int] = field(default_factory=list)
     rejected: int = 0  # of each batch, as it says
+    retry_after: str = ""
     open: threading.Event = field(default_factory=threading.Event)  # while not set it is silent
 
     def take(self, headers: dict[str, str], body: bytes) -> tuple[int, bytes]:
@@ -94,18 +95,20 @@ class Collector:
         return self.of(Span.SPAN_KIND_CLIENT)
 
 
-def _handler(take: Callable[[dict[str, str], bytes], tuple[int, bytes]]) -> Any:
+def _handler(collector: Collector) -> Any:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             headers = {name.lower(): value for name, value in self.headers.items()}
-            status, answer = take(headers, body) if self.path == PATH else (404, b"")
+            status, answer = collector.take(headers, body) if self.path == PATH else (404, b"")
             try:
                 self.send_response(status)
                 self.send_header("content-type", "application/x-protobuf")
                 self.send_header("content-length", str(len(answer)))
+                if retry_after := collector.retry_after:
+                    self.send_header("retry-after", retry_after)
                 self.end_headers()
                 self.wfile.write(answer)
             except OSError:  # whoever asked does not wait any more
@@ -122,7 +125,7 @@ def collecting() -> Iterator[Collector]:
     """Run a collector; it answers until told otherwise."""
     collector = Collector()
     collector.open.set()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(collector.take))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(collector))
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()

@@ -10,12 +10,12 @@ PACKAGE = Path(__file__).resolve().parent.parent / "aiproxy"
 
 CONNECTED = "config stores upstream upstream_answer upstream_connection upstream_errors "
 CONNECTED += "upstream_pool watch body head listener reply metrics logs tracing systemd aside "
-CONNECTED += "first descriptors upstream_client otlp spans exposition lately tallies"
+CONNECTED += "first descriptors upstream_client otlp otlp_post spans exposition lately tallies"
 # Bottom to top. At runtime a module imports from lower layers only, save SAME_LAYER and NARROW.
 LAYERS = [
     "errors sse usage headers jsontext coding prompt_size trace exporting otlp_wire series",
     "envelope",
-    "limits routes sessions dialects auth recent breaker standing account_objects",
+    "limits routes sessions dialects auth recent breaker standing account_objects kept",
     "exchange answered openinference",
     CONNECTED,
     "snapshot session_gate call referred conversation relay attempts proxy stored counting",
@@ -42,6 +42,7 @@ SAME_LAYER = {
     ("upstream", "upstream_errors"),
     ("openinference", "answered"),
     ("spans", "otlp"),
+    ("otlp", "otlp_post"),
     ("tracing", "otlp"),
     ("tracing", "spans"),
     ("upstream", "upstream_client"),
@@ -62,12 +63,12 @@ SAME_LAYER = {
 NARROW = {
     4: {
         "errors", "headers", "coding", "trace", "exporting", "exchange", "limits", "sessions",
-        "openinference", "otlp_wire", "series",
+        "openinference", "otlp_wire", "series", "kept",
     }
 }  # fmt: skip  # all that these layers know of the lower ones
 # For types only, besides what lies below: who may name what.
 TYPES = {
-    0: {"errors"},
+    0: {"errors", "kept"},
     2: {"config"},
     4: {"config", "watch"},
     5: {"snapshot", "session_gate", "call", "conversation", "relay", "proxy"},

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from aiproxy.openinference import MOST_MESSAGES, MOST_TEXT, attributes
-from aiproxy.trace import Budget, Trace
+from aiproxy.envelope import Envelope
+from aiproxy.kept import Budget, Kept
+from aiproxy.openinference import MOST_MESSAGES, MOST_PLAIN, MOST_TEXT, MOST_VALUES, attributes
 from answers import sse
 
 TOOL: dict[str, Any] = {"type": "function", "name": "look_up", "parameters": {"type": "object"}}
@@ -23,22 +24,10 @@ def told(
     streamed: bool = False,
 ) -> dict[str, Any]:
     """Return the attributes of a request and what its client was told."""
-    trace = Trace(
-        trace_id=1,
-        span_id=2,
-        parent=None,
-        state="",
-        sampled=True,
-        method="POST",
-        most=2**20,
-        content=content,
-        budget=Budget(2**20),
-    )
-    raw = {name: json.dumps(value).encode() for name, value in fields.items()}
-    trace.keep_request(api, raw, raw.get)
-    if content and said:
-        trace.keep_answer(said, streamed=streamed)
-    pairs = [*attributes(trace, answered=bool(said))]
+    kept = Kept(Budget(2**24), content=content)
+    kept.request(api, Envelope.parse(json.dumps(fields).encode()))
+    kept.answer(said, streamed=streamed)
+    pairs = [*attributes(kept, answered=bool(said))]
     assert len(pairs) == len(dict(pairs)), "an attribute is told twice"
     return dict(pairs)
 
@@ -206,12 +195,12 @@ def test_without_content_there_is_no_text(api: str) -> None:
     found = told(api, {**given[api], **more}, b"{}", content=False)
     roles = [message.pop("role") for message in asked(found)]
     expected = {"responses": RESPONSES_TOLD, "chat": CHAT_TOLD, "messages": MESSAGES_TOLD}[api]
-    assert roles == [message["role"] for message in expected]
+    assert roles == [message["role"] for message in expected][-MOST_PLAIN:]
     assert answered(found) == [{"role": "assistant"}]
     texts = set(found.values())
     assert texts <= {
-        "system", "developer", "user", "assistant", "tool", "c1", "c2", "look_up", "run", "f",
-        '{"temperature":0.5}',
+        "system", "developer", "user", "assistant", "tool", "look_up", "run", "f", 0.5,
+        '{"temperature":0.5}', max(0, len(expected) - MOST_PLAIN),
     }, texts  # fmt: skip
 
 
@@ -222,7 +211,7 @@ def test_parameters_are_what_is_neither_message_nor_tool() -> None:
     with_content = told("responses", fields)["llm.invocation_parameters"]
     assert json.loads(with_content) == {"top_p": 1, "metadata": {"a": "b"}, "reasoning": {}}
     without = told("responses", fields, content=False)["llm.invocation_parameters"]
-    assert json.loads(without) == {"top_p": 1, "reasoning": {}}
+    assert json.loads(without) == {"top_p": 1}
 
 
 def test_tools_have_their_names_and_with_content_their_schema() -> None:
@@ -346,7 +335,7 @@ def test_an_answer_of_chat_completions_is_told(end: bytes) -> None:
 
 
 def test_an_answer_of_messages_is_told() -> None:
-    """By the reader of the bridge: thoughts, text, a call."""
+    """Thoughts, text and a call of one message."""
     body = {
         "type": "message",
         "role": "assistant",
@@ -360,10 +349,77 @@ def test_an_answer_of_messages_is_told() -> None:
     }
     found = told("messages", {"messages": []}, json.dumps(body).encode())
     assert answered(found) == [
-        {"role": "assistant"} | parts(("reasoning", "Hm")),
-        {"role": "assistant"} | parts(("text", "Hello")),
-        {"role": "assistant"} | call("c1", "f", '{"a":1}'),
+        {"role": "assistant"}
+        | call("c1", "f", '{"a": 1}')
+        | parts(("reasoning", "Hm"), ("text", "Hello")),
     ]
+
+
+def test_what_no_bridge_can_tell_is_told() -> None:
+    """Blocks of tools that run at the server, and all choices of a completion."""
+    blocks = [
+        {"type": "text", "text": "I look."},
+        {"type": "server_tool_use", "id": "s1", "name": "web_search", "input": {}},
+        {"type": "text", "text": "Found."},
+    ]
+    body = json.dumps({"role": "assistant", "content": blocks}).encode()
+    (message,) = answered(told("messages", {"messages": []}, body))
+    texts = [value for key, value in message.items() if key.endswith(".text")]
+    assert texts == ["I look.", "Found."]
+    choices = [{"message": {"role": "assistant", "content": text}} for text in ("one", "two")]
+    found = told("chat", {"messages": []}, json.dumps({"choices": choices}).encode())
+    assert [each["content"] for each in answered(found)] == ["one", "two"]
+
+
+def test_a_stream_that_no_bridge_can_tell_says_so() -> None:
+    """As far as it goes, and that there is more."""
+    start = {"type": "content_block_start", "index": 0}
+    body = events(
+        {"type": "message_start", "message": {"usage": {"input_tokens": 1}}},
+        start | {"content_block": {"type": "text", "text": ""}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Hi"}},
+        {"type": "content_block_stop", "index": 0},
+        start | {"index": 1, "content_block": {"type": "server_tool_use", "id": "s1", "name": "x"}},
+    )
+    found = told("messages", {"messages": []}, body, streamed=True)
+    assert answered(found) == [{"role": "assistant"} | parts(("text", "Hi"))]
+    assert found["aiproxy.content.cut"] is True
+
+
+@pytest.mark.parametrize(
+    ("role", "told_as"), [("user", "user"), ("SECRET-TEXT", "other"), (7, "other")]
+)
+def test_a_role_is_no_way_for_a_text(role: Any, told_as: str) -> None:
+    """Without contents a role is one of the APIs', and a call has no id."""
+    message = {"role": role, "content": "x", "tool_call_id": SECRET}
+    found = told("chat", {"messages": [message]}, content=False)
+    assert asked(found) == [{"role": told_as}]
+
+
+@pytest.mark.parametrize("value", [{"effort": SECRET}, SECRET * 4, [SECRET]])
+def test_a_parameter_is_no_way_for_a_text(value: Any) -> None:
+    """Without contents only numbers, booleans and words are told."""
+    assert SECRET not in str(told("responses", {"service_tier": value}, content=False))
+
+
+def test_a_field_that_takes_long_to_read_is_not_read() -> None:
+    """A million empty objects would hold the interpreter's lock for long; that is said."""
+    found = told("chat", {"messages": [{}] * (MOST_VALUES + 1)})
+    assert asked(found) == []
+    assert found["aiproxy.content.cut"] is True
+
+
+def test_parameters_have_opentelemetrys_names_too() -> None:
+    """The three names of an output maximum are one."""
+    fields = {"temperature": 0.5, "top_p": 1, "max_tokens": 7, "stream": True}
+    found = told("chat", {"messages": [], **fields}, content=False)
+    named = {key: value for key, value in found.items() if key.startswith("gen_ai")}
+    assert named == {
+        "gen_ai.request.temperature": 0.5,
+        "gen_ai.request.top_p": 1,
+        "gen_ai.request.max_tokens": 7,
+        "gen_ai.request.stream": True,
+    }
 
 
 @pytest.mark.parametrize("api", ["responses", "chat", "messages"])
@@ -371,4 +427,5 @@ def test_an_answer_of_messages_is_told() -> None:
 @pytest.mark.parametrize("said", [b"", b"{", b"[]", b"data: x\n\n", b"\xff\xfe", b"data: {}\n\n"])
 def test_garbage_is_no_error(api: str, said: bytes, streamed: bool) -> None:  # noqa: FBT001 - a table's column
     """Whatever the client was told, spans are made."""
-    assert answered(told(api, {"input": "x"}, said, streamed=streamed)) == []
+    found = answered(told(api, {"input": "x"}, said, streamed=streamed))
+    assert found in ([], [{"role": "assistant"}])

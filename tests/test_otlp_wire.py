@@ -12,7 +12,7 @@ from aiproxy.otlp_wire import (
     CLIENT,
     FAILED,
     SERVER,
-    Envelope,
+    ExportRequest,
     Value,
     attribute,
     attributes,
@@ -84,7 +84,7 @@ def test_a_span_comes_back(
     server, failed, told, first = given_rest
     rest = (SERVER if server else CLIENT) + attributes(told) + event("first", first)
     made = span(**given_span, rest=rest + (FAILED if failed else b""))
-    body = Envelope({"service.name": "aiproxy", "n": 1}, ("scope", "2")).body([made, made])
+    body = ExportRequest({"service.name": "aiproxy", "n": 1}, ("scope", "2")).body([made, made])
     (group,) = ExportTraceServiceRequest.FromString(body).resource_spans
     resource = {each.key: value_of(each.value) for each in group.resource.attributes}
     assert resource == {"service.name": "aiproxy", "n": 1}

@@ -1,5 +1,6 @@
 """Spans of the real daemon at a real OTLP/HTTP receiver, and the trace context on its way."""
 
+import asyncio
 import itertools
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
 from aiproxy.config import ConfigError
+from aiproxy.tracing import MOST_KEPT
 from chat_upstream import chat_only
 from collector import Collector, Told, collecting
 from faults import Serve
@@ -21,7 +23,9 @@ from upstream import (
     Reset,
     ScriptedUpstream,
     Stall,
+    Wait,
     error_answer,
+    json_answer,
 )
 
 TRACE_ID, SPAN_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -54,6 +58,16 @@ async def spans_of(collector: Collector, requests: int = 1) -> tuple[list[Told],
     return collector.servers, collector.clients
 
 
+async def lines_of(proxy: Proxy, requests: int = 1) -> list[dict[str, Any]]:
+    """Wait for the log's lines of so many requests, or more."""
+
+    async def came() -> None:
+        assert len(proxy.request_logs()) >= requests
+
+    await eventually(came)
+    return proxy.request_logs()
+
+
 def ids(told: Told) -> tuple[str, str, str]:
     """Return trace, span and parent."""
     return told.span.trace_id.hex(), told.span.span_id.hex(), told.span.parent_span_id.hex()
@@ -76,7 +90,7 @@ async def test_a_request_has_a_span_and_one_for_its_attempt(
     operation = "embeddings" if embeds else "chat"
     assert client.span.name == f"{operation} upstream-model"
     assert server.seconds >= client.seconds > 0
-    (line,) = proxy.request_logs()
+    (line,) = await lines_of(proxy)
     assert abs(server.seconds - line["duration_s"]) < 1e-3
     told = server.attributes
     kinds = {"openinference.span.kind": "EMBEDDING" if embeds else "LLM"}
@@ -84,6 +98,7 @@ async def test_a_request_has_a_span_and_one_for_its_attempt(
     provider = "anthropic" if path == "/v1/messages" else "openai"
     expected = kinds | {
         model: "renamed",
+        "llm.system": provider,
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": provider,
         "gen_ai.request.model": "renamed",
@@ -121,7 +136,7 @@ async def test_tokens_are_those_of_the_log(serve: Serve, collector: Collector) -
     proxy = await traced(serve, collector)
     await proxy.post()
     (server,), _ = await spans_of(collector)
-    (line,) = proxy.request_logs()
+    (line,) = await lines_of(proxy)
     given = line["input_tokens"] + line["input_cached_tokens"]
     made = line["output_tokens"] + line["output_reasoning_tokens"]
     assert line["input_cached_tokens"]
@@ -149,8 +164,9 @@ async def test_the_first_token_is_an_event(serve: Serve, collector: Collector) -
     (streamed, whole), _ = await spans_of(collector, 2)
     (event,) = streamed.span.events
     assert event.name == "First Token Stream Event"
+    lines = await lines_of(proxy, 2)
     after = (event.time_unix_nano - streamed.span.start_time_unix_nano) / 1e9
-    assert abs(after - proxy.request_logs()[0]["first_token_s"]) < 1e-3
+    assert abs(after - lines[0]["first_token_s"]) < 1e-3
     assert list(whole.span.events) == []
 
 
@@ -176,8 +192,7 @@ async def test_contents_are_told_only_where_they_are_asked_for(  # noqa: PLR0917
     assert server.attributes["llm.input_messages.0.message.role"] == "user"
     assert server.attributes["llm.output_messages.0.message.role"] == "assistant"
     if content:
-        text = "llm.output_messages.0.message.contents.0.message_content.text"
-        assert server.attributes[text] == upstream.text
+        assert server.attributes["output.value"] == upstream.text
     await check_secrets(proxy)
 
 
@@ -281,7 +296,7 @@ async def test_failures_are_errors_of_spans(
     codes = [told.span.status.code for told in servers]
     assert codes == [Status.STATUS_CODE_ERROR, *[Status.STATUS_CODE_UNSET] * 2]
     assert [told.attributes["error.type"] for told in servers] == [
-        line["error_code"] for line in proxy.request_logs()
+        line["error_code"] for line in await lines_of(proxy, 3)
     ]
     assert [told.attributes["aiproxy.result"] for told in attempts] == ["reset"]
 
@@ -412,14 +427,14 @@ async def test_the_sampler_is_the_environments(
 async def test_a_collector_that_is_away_costs_nobody_anything(
     serve: Serve, upstream: ScriptedUpstream, collector: Collector
 ) -> None:
-    """Requests end as always while it is silent; what does not fit is dropped, and counted."""
+    """Requests end as always while it is silent, and their spans are there once it is not."""
     collector.open.clear()
     proxy = await traced(serve, collector, content=True)
     for _ in range(20):
         assert (await proxy.post()).status == 200
     await check_invariants(proxy, upstream)
     collector.open.set()
-    await spans_of(collector, len(proxy.request_logs()))
+    await spans_of(collector, len(await lines_of(proxy, 20)))
 
 
 async def test_spans_are_counted(serve: Serve, collector: Collector) -> None:
@@ -454,11 +469,97 @@ async def test_a_reload_moves_the_spans(
         await spans_of(other, 1)
 
 
+async def test_a_reload_that_changes_nothing_of_it_leaves_tracing_alone(
+    serve: Serve, collector: Collector
+) -> None:
+    """The queue and the connection to the collector go on."""
+    proxy = await traced(serve, collector)
+    before = proxy.daemon._tracing._pipeline
+    assert (await proxy.admin("/-/reload", "POST")).status == 200
+    assert proxy.daemon._tracing._pipeline is before
+
+
+async def test_what_is_kept_is_free_again_when_tracing_ends_meanwhile(
+    serve: Serve, upstream: ScriptedUpstream, collector: Collector
+) -> None:
+    """A request that began with a trace and ended without leaves nothing behind."""
+    gate = asyncio.Event()
+    upstream.script(Wait(gate), *json_answer({"output": [], "status": "completed"}))
+    proxy = await serve()
+    text = proxy.text
+    proxy.text += f'"tracing": {{"otlp": "{collector.url}", "content": true}}\n'
+    await proxy.admin("/-/reload", "POST")
+    client = await proxy.send()
+    await upstream.wait_request()
+    budget = proxy.daemon._tracing._budget
+    assert not budget.take(MOST_KEPT)
+    proxy.text = text
+    await proxy.admin("/-/reload", "POST")
+    gate.set()
+    await client.answer()
+    await lines_of(proxy)
+    assert budget.take(MOST_KEPT)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OTEL_BSP_SCHEDULE_DELAY", "0"),
+        ("OTEL_EXPORTER_OTLP_TIMEOUT", "soon"),
+    ],
+)
+async def test_a_variable_that_is_wrong_changes_nothing(
+    serve: Serve, collector: Collector, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """A reload that would begin tracing with it is refused as a whole, before anything is done."""
+    proxy = await serve()
+    proxy.environ[name] = value
+    proxy.text += f'"tracing": {{"otlp": "{collector.url}"}}\n"max_body": "1MiB"\n'
+    answer = await proxy.admin("/-/reload", "POST")
+    assert answer.status == 400
+    assert name in answer.json()["error"]["message"]
+    assert proxy.daemon._proxy.snapshot.config.max_body == 32 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "abc"),
+        ("OTEL_PYTHON_METER_PROVIDER", "nonsense"),
+        ("OTEL_RESOURCE_ATTRIBUTES", "a=\udcff,b=1"),
+        ("OTEL_TRACES_SAMPLER", "nonsense"),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "0"),
+    ],
+)
+async def test_variables_that_are_not_read_do_no_harm(
+    serve: Serve, collector: Collector, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """What OpenTelemetry would stumble over is not read, or told as far as it goes."""
+    monkeypatch.setenv(name, value)
+    proxy = await traced(serve, collector)
+    await proxy.post()
+    await spans_of(collector)
+
+
+async def test_the_environment_says_who_exports(
+    serve: Serve, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win over what aiproxy says of itself."""
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "gateway")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=prod")
+    proxy = await traced(serve, collector)
+    await proxy.post()
+    (server,), _ = await spans_of(collector)
+    assert server.resource["service.name"] == "gateway"
+    assert server.resource["deployment.environment.name"] == "prod"
+    assert server.resource["service.version"]
+
+
 async def test_what_waits_is_sent_at_the_end(
     serve: Serve, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A daemon that ends sends the spans that wait, however long the next batch would take."""
-    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "600000")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "60000")
     proxy = await traced(serve, collector)
     await proxy.post()
     assert collector.spans == []
@@ -480,7 +581,7 @@ async def test_a_collector_does_not_hold_up_the_end(
 
 def test_the_extra_is_asked_for_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what tracing needs the file is refused, with the line and the command that helps."""
-    monkeypatch.setattr("aiproxy.config.exporting._NEEDED", ("opentelemetry.no.such.thing",))
+    monkeypatch.setattr("aiproxy.config.collector._NEEDED", ("opentelemetry.no.such.thing",))
     text = config_text("http://127.0.0.1:9", tracing={"otlp": "http://127.0.0.1:4318/v1/traces"})
     with pytest.raises(ConfigError, match=r"needs the extra otel: .*pip install 'aiproxy\[otel\]'"):
         load(text)

@@ -2,7 +2,7 @@
 
 The passes, in order: YAML (`document`), grammar (`model`), rules that join stanzas and what this
 version does not do yet (`rules`), secrets and certificates (`credentials`), what tracing needs
-(`exporting`); then, if nothing is wrong, the warnings (`advice`). A pass says nothing of what an
+(`collector`); then, if nothing is wrong, the warnings (`advice`). A pass says nothing of what an
 earlier one has already refused.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import SecretStr, ValidationError
 
-from aiproxy.config import advice, credentials, exporting, rules, sentences
+from aiproxy.config import advice, collector, credentials, rules, sentences
 from aiproxy.config.document import (
     MAX_BYTES,
     TOO_LARGE,
@@ -83,7 +83,7 @@ def loads(
         document.tree["keys"] = {}  # `keys:` with nothing below it yet
     secrets, mistakes = credentials.read_credentials(document, environ)
     mistakes += credentials.check_authorities(document)
-    mistakes += exporting.check_exporting(document, environ)
+    mistakes += collector.check_collector(document, environ)
     config, wrong = _check(document, secrets, mistakes)
     if config is None or wrong:
         raise ConfigError(_in_order(wrong), path)

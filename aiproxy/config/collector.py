@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
     from aiproxy.config.document import Document, Mistake
 
-_NEEDED = ("opentelemetry.sdk", "opentelemetry.proto", "openinference.semconv", "requests")
+_NEEDED = ("opentelemetry.sdk", "opentelemetry.proto", "openinference.semconv")
 
 
-def check_exporting(document: Document, environ: Mapping[str, str]) -> Iterator[Mistake]:
+def check_collector(document: Document, environ: Mapping[str, str]) -> Iterator[Mistake]:
     """Yield a mistake for what `tracing` needs beside the file."""
     for steps, _ in document.find("tracing"):
         if not all(map(_is_installed, _NEEDED)):
