@@ -18,18 +18,23 @@ if TYPE_CHECKING:
 
 _SLICE = 1 << 18  # bytes inflated at a time: a copy of so many holds nobody up
 
+# Bodies that are inflated by turns: what a decoder keeps for itself is megabytes, and not counted.
+_AT_ONCE = 6
+
 
 class Buffered:
     """Bytes of request bodies in memory, of all requests together.
 
     Attributes:
-        turn: of several bodies that are inflated one has a slice at a time, so that bombs take one
-            processor at most, and a small body still comes through between their slices.
+        place: of each body that is being inflated; there are few.
+        turn: of these one has a slice at a time, so that bombs take one processor at most, and a
+            small body still comes through between their slices.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
+        self.place = asyncio.Semaphore(_AT_ONCE)
         self.turn = asyncio.Lock()
 
     def take(self, size: int) -> None:
@@ -52,6 +57,11 @@ class Hold:
         self._buffered = buffered
         self._brought = 0
         self.size = 0
+
+    @property
+    def place(self) -> asyncio.Semaphore:
+        """See `Buffered`."""
+        return self._buffered.place
 
     @property
     def turn(self) -> asyncio.Lock:
@@ -107,7 +117,8 @@ async def receive(request: BaseRequest, hold: Hold, limit: int) -> bytes:
         raise errors.invalid_http("The request body is not well-formed HTTP/1.1.") from None
     body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
     if encoding in CODINGS:
-        body = await _inflated(body, encoding, hold, limit)
+        async with hold.place:
+            body = await _inflated(body, encoding, hold, limit)
     return body
 
 
