@@ -16,15 +16,26 @@ if TYPE_CHECKING:
 
     from aiohttp.web_request import BaseRequest
 
-_SLICE = 1 << 20  # bytes inflated at a time
+_SLICE = 1 << 18  # bytes inflated at a time: a copy of so many holds nobody up
+
+# Bodies that are inflated by turns: what a decoder keeps for itself is megabytes, and not counted.
+_AT_ONCE = 6
 
 
 class Buffered:
-    """Bytes of request bodies in memory, of all requests together."""
+    """Bytes of request bodies in memory, of all requests together.
+
+    Attributes:
+        place: of each body that is being inflated; there are few.
+        turn: of these one has a slice at a time, so that bombs take one processor at most, and a
+            small body still comes through between their slices.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
+        self.place = asyncio.Semaphore(_AT_ONCE)
+        self.turn = asyncio.Lock()
 
     def take(self, size: int) -> None:
         """Account for `size` more bytes.
@@ -46,6 +57,16 @@ class Hold:
         self._buffered = buffered
         self._brought = 0
         self.size = 0
+
+    @property
+    def place(self) -> asyncio.Semaphore:
+        """See `Buffered`."""
+        return self._buffered.place
+
+    @property
+    def turn(self) -> asyncio.Lock:
+        """See `Buffered`."""
+        return self._buffered.turn
 
     def take(self, size: int) -> None:
         """See `Buffered.take`."""
@@ -96,7 +117,8 @@ async def receive(request: BaseRequest, hold: Hold, limit: int) -> bytes:
         raise errors.invalid_http("The request body is not well-formed HTTP/1.1.") from None
     body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
     if encoding in CODINGS:
-        body = await _inflated(body, encoding, hold, limit)
+        async with hold.place:
+            body = await _inflated(body, encoding, hold, limit)
     return body
 
 
@@ -108,10 +130,13 @@ async def _inflated(body: bytes, coding: str, hold: Hold, limit: int) -> bytes:
     loop = asyncio.get_running_loop()
     slices = inflate(body, coding, limit)
     out: list[bytes] = []
-    while piece := await loop.run_in_executor(None, next, slices, b""):
+    while True:
+        async with hold.turn:
+            piece = await loop.run_in_executor(None, next, slices, b"")
+        if not piece:
+            return b"".join(out)
         hold.take(len(piece))
         out.append(piece)
-    return b"".join(out)
 
 
 def inflate(body: bytes, coding: str, limit: int) -> Iterator[bytes]:

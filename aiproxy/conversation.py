@@ -334,7 +334,6 @@ class Conversation:
         refused = bad and error.outcome == "upstream_rejected"
         if not (self._included and refused and (error.param or "").startswith("include")):
             return False
-        self._included = False
         if self._include is None:
             envelope.drop("include")
         else:

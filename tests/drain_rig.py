@@ -3,9 +3,11 @@
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from client import Answer, RawClient
 from faults import PATHS, asked, check_error, events_of
@@ -22,8 +24,22 @@ BODY = json.dumps(prompt()).encode()
 Begin = Callable[..., Awaitable[Proxy]]
 
 
-@asynccontextmanager
-async def beginning(
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[Manager]:
+    """Listen as a service manager does."""
+    with Manager(str(tmp_path / "notify")) as one:
+        yield one
+
+
+@pytest.fixture
+def server() -> Iterator[socket.socket]:
+    """Listen as systemd does for a socket unit."""
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as sock:
+        yield sock
+
+
+@pytest.fixture
+async def begin(
     upstream: ScriptedUpstream, server: socket.socket, manager: Manager
 ) -> AsyncIterator[Begin]:
     """Give what starts daemons that share a socket; they end with it, if they have not before."""
@@ -39,11 +55,9 @@ async def beginning(
         await proxy.daemon.start()
         return proxy
 
-    try:
-        yield start
-    finally:
-        for proxy in proxies:
-            await proxy.stop()
+    yield start
+    for proxy in proxies:
+        await proxy.stop()
 
 
 def held_up(go_on: asyncio.Event, at: int = 5) -> list[Step]:

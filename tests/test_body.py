@@ -1,11 +1,14 @@
 """A body inflated within bounds, and the memory that bodies hold."""
 
+import asyncio
 import gzip
 import os
 import sys
+import threading
+import time
 import tracemalloc
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import brotli  # type: ignore[import-untyped]
 import pytest
@@ -171,3 +174,26 @@ def test_memory_adds_up(steps: list[tuple[int, int | None]]) -> None:
             except ProxyError:
                 assert shared.held + size > 100
         assert shared.held == sum(hold.size for hold in holds) <= 100
+
+
+async def test_bodies_are_inflated_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One slice at a time, of all bodies: a small one waits for slices, not for a bomb's end."""
+    order: list[str] = []
+    at_once: list[int] = []
+    running = threading.Semaphore(4)
+
+    def inflate(data: bytes, _coding: str, _limit: int) -> Iterator[bytes]:
+        for _ in range(8 if data == b"large" else 2):
+            with running:
+                time.sleep(0.001)
+                at_once.append(4 - running._value)
+                order.append(data.decode())
+            yield data
+
+    monkeypatch.setattr(body, "inflate", inflate)
+    shared = Buffered(100)
+    bodies = [b"large", b"small", b"large"]
+    found = await asyncio.gather(*(body._inflated(it, "gzip", Hold(shared), 99) for it in bodies))
+    assert found == [b"large" * 8, b"small" * 2, b"large" * 8]
+    assert set(at_once) == {1}
+    assert order[:6] == ["large", "small", "large"] * 2

@@ -8,9 +8,7 @@ import json
 import re
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,14 +19,16 @@ from drain_rig import (
     BODY,
     FRAMES,
     Begin,
-    beginning,
+    begin,
     check_refused,
     check_served,
     counts,
     draining,
     ended,
     held_up,
+    manager,
     post,
+    server,
     serves,
     stream,
     used,
@@ -39,28 +39,7 @@ from rig import Proxy, config_text
 from test_systemd import Manager, Message, connected
 from upstream import ScriptedUpstream
 
-
-@pytest.fixture
-def manager(tmp_path: Path) -> Iterator[Manager]:
-    """Listen as a service manager does."""
-    with Manager(str(tmp_path / "notify")) as one:
-        yield one
-
-
-@pytest.fixture
-def server() -> Iterator[socket.socket]:
-    """Listen as systemd does for a socket unit."""
-    with socket.create_server(("127.0.0.1", 0), backlog=128) as sock:
-        yield sock
-
-
-@pytest.fixture
-async def begin(
-    upstream: ScriptedUpstream, server: socket.socket, manager: Manager
-) -> AsyncIterator[Begin]:
-    """Start daemons that share the socket."""
-    async with beginning(upstream, server, manager) as start:
-        yield start
+FIXTURES = (begin, manager, server)  # found in a module by whoever runs it
 
 
 # Who is served

@@ -1,10 +1,7 @@
 """A drain in the midst of something, and what ends it before all is done."""
 
 import asyncio
-import socket
-from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
@@ -15,43 +12,23 @@ from drain_rig import (
     BODY,
     FRAMES,
     Begin,
-    beginning,
+    begin,
     check_served,
     counts,
     draining,
     ended,
     held_up,
+    manager,
+    server,
     serves,
     stream,
 )
 from faults import PATHS, asked, check_closed, check_ended, check_error, check_failure, line_of
 from invariants import check_terminal, eventually
 from steps import SSE_HEADERS, error_answer
-from test_systemd import Manager
 from upstream import Chunk, EndChunks, Headers, ScriptedUpstream
 
-
-@pytest.fixture
-def manager(tmp_path: Path) -> Iterator[Manager]:
-    """Listen as a service manager does."""
-    with Manager(str(tmp_path / "notify")) as one:
-        yield one
-
-
-@pytest.fixture
-def server() -> Iterator[socket.socket]:
-    """Listen as systemd does for a socket unit."""
-    with socket.create_server(("127.0.0.1", 0), backlog=128) as sock:
-        yield sock
-
-
-@pytest.fixture
-async def begin(
-    upstream: ScriptedUpstream, server: socket.socket, manager: Manager
-) -> AsyncIterator[Begin]:
-    """Start daemons that share the socket."""
-    async with beginning(upstream, server, manager) as start:
-        yield start
+FIXTURES = (begin, manager, server)  # found in a module by whoever runs it
 
 
 # The second signal

@@ -22,7 +22,7 @@ from aiproxy.stores.memory import MemoryLimits
 from conftest import BlockingCalls
 from invariants import check_invariants, eventually
 from responses import responses_events
-from rig import ABSENT, LogTap, Proxy, config_text, load, prompt, routes, totals
+from rig import ABSENT, TEAM_B, LogTap, Proxy, config_text, load, prompt, routes, totals
 from upstream import Chunk, EndChunks, Headers, ScriptedUpstream, Wait
 
 if TYPE_CHECKING:
@@ -108,6 +108,21 @@ async def test_a_key_that_is_gone_is_forgotten(serve: Serve, upstream: ScriptedU
     assert left(proxy) == []
     await reload(proxy, text_of(upstream, {"requests": "2/day"}))
     assert left(proxy) == [2]
+
+
+@pytest.mark.parametrize("before", [{}, {"requests": "9/day"}])
+async def test_a_key_that_gets_a_limit_has_it_at_once(
+    serve: Serve, upstream: ScriptedUpstream, before: dict[str, str]
+) -> None:
+    """After a reload a key is looked up anew, and so when its limit goes again."""
+    proxy = await serve(keys={"team-b": {"limits": before}})
+    assert (await proxy.post(key=TEAM_B)).status == 200
+    limited = {"team-b": {"limits": {"requests": "1/day"}}}
+    await reload(proxy, config_text(upstream.url, keys=limited))
+    last = 429 if before else 200  # a bucket goes on from the one before
+    assert [(await proxy.post(key=TEAM_B)).status for _ in range(3)] == [last, 429, 429]
+    await reload(proxy, config_text(upstream.url))
+    assert (await proxy.post(key=TEAM_B)).status == 200
 
 
 async def test_a_key_removed_while_its_body_comes_is_limited_still(

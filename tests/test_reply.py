@@ -85,3 +85,12 @@ def test_what_is_not_sent_without_a_socket_to_ask() -> None:
         assert made.unsent() == 7
     made._request.transport = None
     assert made.unsent() == 0
+
+
+def test_nothing_follows_what_was_dropped() -> None:
+    """The connection is closed at once, with all that waits, and takes no other request."""
+    made, transport = reply()
+    made.start(200, [])
+    made.abort()
+    assert transport.abort.called
+    assert (made.ended, made.keep_alive) == (True, False)

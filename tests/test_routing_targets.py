@@ -11,7 +11,7 @@ from answers import chat_json
 from faults import check_charge
 from refusals import Refusal
 from responses import function_item, message_item, reasoning_item, responses_json
-from rig import TEAM_A, key_hash
+from rig import TEAM_A, key_hash, totals
 from sessions_rig import response_of, turn
 from targets_rig import NEVER, Rig, items_sent, refusal, said, targets
 from upstream import Stall, json_answer
@@ -210,6 +210,25 @@ async def test_encrypted_reasoning_stays_with_its_maker() -> None:
         assert b"SEALED-BY-A" in rig["a"].requests[-1].body
         assert b"SEALED-BY-A" not in rig["b"].requests[-1].body
         assert len(items_sent(rig["b"].requests[-1])) == 3
+        await rig.check()
+
+
+@pytest.mark.parametrize("named", [False, True])
+async def test_reasoning_that_is_left_out_is_counted(named: bool) -> None:  # noqa: FBT001
+    """Each item once, of the upstream that did not get it, whether replayed or named by its id."""
+    async with targets() as rig:
+        items = [reasoning_item("SEALED-1"), reasoning_item("SEALED-2"), message_item("hello")]
+        rig["a"].script(json_answer(responses_json(items=items)))
+        first = await turn(rig.proxy, "one")
+        rig["a"].script(refusal(503))
+        if named:
+            names = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
+            await turn(rig.proxy, [*names, {"role": "user", "content": "two"}])
+        else:
+            await turn(rig.proxy, "two", first["id"])
+        assert b"SEALED" not in rig["b"].requests[-1].body
+        name = "aiproxy_sessions_reasoning_left_out_total"
+        assert totals(await rig.proxy.metrics(), name, "upstream") == {"b": 2}
         await rig.check()
 
 

@@ -1,6 +1,8 @@
 """The door to the store of sessions: when the store is away, and that what is due goes on."""
 
 import asyncio
+from contextlib import suppress
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -33,6 +35,26 @@ def test_metrics_name_the_kind_of_the_store(kind: str) -> None:
     """Not where it is."""
     config = Sessions.model_validate({"store": "sqlite:/x.db" if kind == "sqlite" else "memory:"})
     assert SessionGate(config, metrics=Mock(), log=Mock()).name == kind
+
+
+def test_what_nobody_waits_for_is_told(tmp_path: Path) -> None:
+    """What a store does in the background counts when it fails, and shows that the store is ill."""
+    metrics, log = Mock(), Mock()
+    config = Sessions.model_validate({"store": f"sqlite:{tmp_path}/sessions.db"})
+    gate = SessionGate(config, metrics=metrics, log=log)
+    gate.open()
+
+    def fails(_book: object) -> None:
+        raise StoreError("disk is full")
+
+    async def run() -> None:
+        with suppress(StoreError):
+            await gate._store._tell("tend", fails)  # type: ignore[attr-defined] # as `tend` does
+        await gate.stop()
+
+    asyncio.run(run())
+    metrics.store_failed.assert_called_once_with("sqlite", "tend")
+    assert log.warning.call_args.args == ("sessions failed",)
 
 
 async def test_l3_what_is_due_goes_on_after_a_fault(

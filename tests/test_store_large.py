@@ -224,6 +224,19 @@ async def test_m6_a_lower_bound_is_come_to_in_steps(here: World) -> None:
     assert await here.result("t0") == "missing"
 
 
+async def test_m6_a_step_is_no_longer_than_it_may_be() -> None:
+    """Of single turns as many give way at a time as a step has, and not one more."""
+    store = memory_sessions.MemorySessions(Clock())
+    store.configure(ttl=0, max_bytes=PLENTY)
+    for number in range(2 * memory_sessions.STEP):
+        await store.put(turn(f"t{number}", size=700))
+    store._max_bytes = 0
+    before = store.shares.turns
+    store.tend()
+    assert before - store.shares.turns == memory_sessions.STEP
+    await store.close()
+
+
 async def test_m6_it_is_come_to_without_anybody_asking() -> None:
     """A store in memory goes on by itself, once it is told, and so with what has expired."""
     clock = Clock()

@@ -209,6 +209,14 @@ def test_who_asked_on_a_connection_that_is_closing_is_told_so() -> None:
     assert wire.judged() == (None, ("reset", CLOSED))
 
 
+def test_one_that_rests_says_so() -> None:
+    """Who looks at a pool sees which connections are in use."""
+    wire = rested()
+    assert "idle" in repr(wire.connection)
+    wire.ask()
+    assert "idle" not in repr(wire.connection)
+
+
 # What nobody asked for
 
 UNASKED = [HI, OK, b"H", b"\r\n", b"\0", b"HTTP/1.1 408 Request Timeout\r\n\r\n", b"x" * READ]
