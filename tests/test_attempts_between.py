@@ -312,7 +312,7 @@ def test_a_client_that_is_gone_when_what_was_held_is_let_go() -> None:
 
     settled: list[bool] = []
     reply = SimpleNamespace(started=False)
-    call: Any = SimpleNamespace(reply=reply, start_stream=gone)
+    call: Any = SimpleNamespace(reply=reply, start_stream=gone, kept=None)
     answer: Any = SimpleNamespace(passed_on=list)
     stream: Any = None
     held = relay.Relay(call, stream, answer, 1.0, lambda: settled.append(True))

@@ -330,6 +330,7 @@ async def test_a_client_that_left_is_no_upstreams_reset(
     line = await line_of(proxy, request_id)
     assert (line["status"], line["outcome"]) == (499, "client_disconnected")
     await gone(upstream.requests[0])
+    monkeypatch.setattr(reply.Reply, "write", write)
     metrics = await proxy.metrics()
     assert totals(metrics, "aiproxy_upstream_attempts_total", "result") == {"ok": 1}
 

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from aiproxy import levels
+from aiproxy.stores.level_file import LevelFile, TakenOverError
 from drain_rig import FRAMES, held_up
 from faults import asked
 from invariants import eventually
@@ -145,6 +147,36 @@ async def test_both_write_again_and_again(
         assert kept(tmp_path) >= left(new)[0]
     taken = [line for line in old.logs() if line["event"] == "levels kept by another process"]
     assert len(taken) == 1
+
+
+def test_what_one_has_found_is_true_until_it_has_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A successor that begins between another's look at the file and its write comes after it."""
+    old, new = LevelFile(tmp_path), LevelFile(tmp_path)
+    old.save({}, 0, 0)
+    began = threading.Event()
+    look = LevelFile._is_another_s
+
+    def slowly(self: LevelFile) -> bool:
+        found = look(self)
+        began.set()
+        successor.join(0.3)  # it would be done by then if it could
+        return found
+
+    def succeed() -> None:
+        began.wait()
+        new.save({}, 0, 0)
+
+    successor = threading.Thread(target=succeed)
+    monkeypatch.setattr(LevelFile, "_is_another_s", slowly)
+    successor.start()
+    old.save({}, 0, 0)
+    successor.join()
+    monkeypatch.setattr(LevelFile, "_is_another_s", look)
+    assert owner_in(tmp_path) == new._owner
+    with pytest.raises(TakenOverError):
+        old.save({}, 0, 0)
 
 
 async def test_of_many_in_turn_the_last_one_owns_it(

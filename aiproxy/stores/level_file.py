@@ -10,9 +10,11 @@ drains does not overwrite what its successor writes.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,7 @@ import msgspec
 from aiproxy.limits import SavedBucket  # noqa: TC001 - it says what is decoded
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from aiproxy.stores.memory import Levels
 
@@ -104,6 +106,20 @@ class LevelFile:
             TakenOverError: it has become another's since.
             OSError: it cannot be written; the old file is as it was.
         """
+        with self._alone():
+            self._save(levels, monotonic_ns, time_ns)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let no other process write meanwhile: what it has found is true until it has written."""
+        directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(directory)
+
+    def _save(self, levels: Levels, monotonic_ns: int, time_ns: int) -> None:
         if self._claimed and self._is_another_s():
             raise TakenOverError
         document = {
