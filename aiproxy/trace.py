@@ -82,7 +82,7 @@ class Trace:
         span_id: of its own.
         parent: whose child it is.
         state: `tracestate`, to be passed on.
-        method: of the request.
+        method: of the request, or `_OTHER` (OpenTelemetry, "HTTP spans").
         kept: what its span is to say of the request and its answer; None: it is not sampled.
         attempts: so far.
         api, model: that the next attempt asks for.

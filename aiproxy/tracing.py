@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from aiproxy.otlp import Counts, Pipeline, Sampling
     from aiproxy.otlp_wire import Value
 
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 MOST_KEPT = 64 * 1024 * 1024  # bytes of requests and answers that wait for their spans
 
 
@@ -84,7 +85,7 @@ class Tracing:
             span_id=new_span_id(),
             parent=parent,
             state="" if parent is None else state_of(headers.getall("tracestate", ())),
-            method=request.method,
+            method=request.method if request.method in _METHODS else "_OTHER",
             kept=kept,
         )
 

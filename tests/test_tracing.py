@@ -308,6 +308,7 @@ async def test_failures_are_errors_of_spans(
         ("GET", "/v1/models/gpt-test", "GET /v1/models"),
         ("GET", "/v1/responses/resp_unknown", "GET /v1/responses/{id}"),
         ("GET", "/v1/secret-path", "GET"),
+        ("SECRETMETHOD", "/v1/secret-path", "_OTHER"),
     ],
 )
 async def test_names_of_spans_are_few(

@@ -9,6 +9,7 @@ upstream and the collector are processes of their own.
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import statistics
 import subprocess
@@ -33,7 +34,23 @@ REPLY = (
     b'"input_tokens_details":{"cached_tokens":0},"output_tokens":20,"output_tokens_details":'
     b'{"reasoning_tokens":0},"total_tokens":100}}'
 )
-PROMPT = "Write one paragraph about the sea, in plain words. " * 8
+SENTENCE = "Write one paragraph about the sea, in plain words. "
+# A question, and a turn of a coding agent: 40 messages and 15 tools, 50 kB.
+AGENT = {
+    "input": [
+        each
+        for turn in range(20)
+        for each in (
+            {"type": "function_call", "call_id": f"c{turn}", "name": "read", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": f"c{turn}", "output": SENTENCE * 40},
+        )
+    ],
+    "tools": [
+        {"type": "function", "name": f"tool_{n}", "description": SENTENCE, "parameters": {}}
+        for n in range(15)
+    ],
+}
+BODIES: dict[str, dict[str, object]] = {"question": {"input": SENTENCE * 8}, "agent": AGENT}
 CONFIG = """
 listen: 127.0.0.1:0
 admin: 127.0.0.1:0
@@ -121,9 +138,9 @@ class Served:
         return totals(metrics, "aiproxy_trace_spans_total", "result")
 
 
-async def load(port: int, seconds: float) -> int:
+async def load(port: int, seconds: float, asked: dict[str, object]) -> int:
     """Make requests at the pace; how many."""
-    body = f'{{"model":"m","input":"{PROMPT}","store":false,"temperature":0.7}}'.encode()
+    body = json.dumps({"model": "m", "store": False, "temperature": 0.7, **asked}).encode()
     request = (
         f"POST /v1/responses HTTP/1.1\r\nHost: bench\r\nAuthorization: Bearer {TEAM_A}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -148,10 +165,10 @@ async def load(port: int, seconds: float) -> int:
     return done
 
 
-def measure(served: Served, seconds: float) -> float:
+def measure(served: Served, seconds: float, asked: dict[str, object]) -> float:
     """Microseconds of CPU for one request, the export of its spans included."""
     before = served.cpu()
-    requests = asyncio.run(load(served.port, seconds))
+    requests = asyncio.run(load(served.port, seconds, asked))
     time.sleep(0.5)  # the last batch
     return (served.cpu() - before) / requests * 1e6
 
@@ -183,19 +200,23 @@ def main() -> None:
             stack.callback(process.terminate)
             daemons[name] = Served(process, log)
         for served in daemons.values():
-            asyncio.run(load(served.port, 1.0))
-        figures: dict[str, list[float]] = {name: [] for name in daemons}
+            asyncio.run(load(served.port, 1.0, AGENT))
+        figures: dict[tuple[str, str], list[float]] = {}
         for _ in range(given.rounds):
-            for name, served in daemons.items():
-                figures[name].append(measure(served, given.seconds))
-        print(f"{'us of CPU per request':<24} median   least   more than off   spans")
-        for name, found in figures.items():
-            more = statistics.median(
-                mine - off for mine, off in zip(found, figures["off"], strict=True)
-            )
-            told = ", ".join(f"{n:.0f} {what}" for what, n in daemons[name].spans().items())
-            figures_of = f"{statistics.median(found):6.0f}  {min(found):6.0f}   {more:13.0f}"
-            print(f"{name:<24} {figures_of}   {told}")
+            for body, asked in BODIES.items():
+                for name, served in daemons.items():
+                    cost = measure(served, given.seconds, asked)
+                    figures.setdefault((body, name), []).append(cost)
+        print(f"{'us of CPU per request':<24} median   least   more than off")
+        for (body, name), found in figures.items():
+            pairs = zip(found, figures[body, "off"], strict=True)
+            more = statistics.median(mine - off for mine, off in pairs)
+            line = f"{statistics.median(found):6.0f}  {min(found):6.0f}   {more:13.0f}"
+            print(f"{f'{body}, {name}':<24} {line}")
+        for name, served in daemons.items():
+            if spans := served.spans():
+                told = ", ".join(f"{number:.0f} {what}" for what, number in spans.items())
+                print(f"spans, {name}: {told}")
 
 
 if __name__ == "__main__":
