@@ -49,6 +49,7 @@ CUT = "aiproxy.content.cut"  # there was no room for all of the request or the a
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _KINDS = {"input_image": "image", "image_url": "image", "image": "image"}
 _TEXTS = ("text", "refusal", "thinking", "output", "input")  # where a part may have its text
+_QUOTED = {name: json.dumps(name).encode() for name in PARAMETERS}
 _REQUESTED = {
     "temperature": "gen_ai.request.temperature",
     "top_p": "gen_ai.request.top_p",
@@ -99,7 +100,7 @@ class _Fields:
             if len(raw) > MOST_PARAMETER:
                 self.cut = True
                 continue
-            named.append(b"%b:%b" % (json.dumps(name).encode(), raw))
+            named.append((_QUOTED.get(name) or json.dumps(name).encode()) + b":" + raw)
             if (known := _REQUESTED.get(name)) is not None:
                 value = value_of(Raw(raw))
                 if isinstance(value, (int, float)):
