@@ -40,8 +40,6 @@ async def test_a_short_round_of_tracing() -> None:
         out, err = (part.decode() for part in await process.communicate())
     assert (process.returncode, err) == (0, "")
     assert len(re.findall(r"^(?:question|agent), (?:off|on|with content) ", out, re.MULTILINE)) == 6
-    spans = re.findall(
-        r"^spans, (.+): (\d+) exported, (\d+) failed, (\d+) dropped$", out, re.MULTILINE
-    )
-    assert [(name, failed) for name, _, failed, _ in spans] == [("on", "0"), ("with content", "0")]
-    assert all(int(exported) > 0 for _, exported, _, _ in spans)
+    spans = re.findall(r"^spans, (.+): (\d+) exported$", out, re.MULTILINE)  # none failed
+    assert [name for name, _ in spans] == ["on", "with content"]
+    assert all(int(exported) > 0 for _, exported in spans)
