@@ -44,7 +44,8 @@ def test_it_is_installed(tmp_path: Path) -> None:
             shutil.copytree(ROOT / name, copy / name)
         else:
             shutil.copy(ROOT / name, copy)
-    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps")
+    # Without --ignore-installed pip removes the aiproxy that these tests run with.
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--ignore-installed")
     said(*pip, "--prefix", str(prefix), str(copy))
     assert (prefix / "share/man/man8/aiproxy.8").read_text() == (ROOT / PAGE).read_text()
     text = said("man", "--manpath", f"{prefix}/share/man", "8", "aiproxy")
