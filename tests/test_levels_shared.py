@@ -218,6 +218,7 @@ async def test_two_processes(upstream: ScriptedUpstream, tmp_path: Path, way: st
             await ask(one_port, 4)
 
             async def claimed(by: asyncio.subprocess.Process) -> None:
+                assert (state / "levels.json").exists()
                 assert document_in(state)["pid"] == by.pid
 
             await eventually(lambda: claimed(old), 20)
