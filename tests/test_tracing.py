@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
+from aiproxy import spans
 from aiproxy.config import ConfigError
 from aiproxy.tracing import MOST_KEPT
 from chat_upstream import chat_only
@@ -281,6 +282,47 @@ async def test_each_attempt_has_a_span(
         a.span.end_time_unix_nano <= b.span.start_time_unix_nano
         for a, b in itertools.pairwise(attempts)
     )
+
+
+async def test_a_usage_that_is_estimated_says_why(
+    serve: Serve, upstream: ScriptedUpstream, collector: Collector
+) -> None:
+    """As the metric has it; a counted one says nothing."""
+    upstream.script(*json_answer({"status": "completed", "output": []}))
+    proxy = await traced(serve, collector)
+    await proxy.post()
+    await proxy.post()
+    (estimated, counted), _ = await spans_of(collector, 2)
+    assert estimated.attributes["aiproxy.usage.estimated"] == "missing"
+    assert "aiproxy.usage.estimated" not in counted.attributes
+
+
+async def test_turns_that_were_replayed_are_told(serve: Serve, collector: Collector) -> None:
+    """Of a turn that goes on how many went before, of a first one nothing."""
+    holder: dict[str, Any] = {"upstreams": {"scripted": {"sessions": "replay"}}}
+    proxy = await traced(serve, collector, **holder)
+    first = (await proxy.post()).json()["id"]
+    second = (await proxy.post(body=prompt(previous_response_id=first))).json()["id"]
+    await proxy.post(body=prompt(previous_response_id=second))
+    servers, _ = await spans_of(collector, 3)
+    told = [server.attributes.get("aiproxy.replayed_turns") for server in servers]
+    assert told == [None, 1, 2]
+
+
+async def test_what_spans_have_in_common_is_not_remembered_for_ever(
+    serve: Serve, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models are the callers': what is remembered of them has a bound, and each is told right."""
+    monkeypatch.setattr(spans, "_MOST_KNOWN", 4)
+    proxy = await traced(serve, collector)
+    models = [f"org/{number}" for number in range(10)]
+    for model in models:
+        await proxy.post(body=prompt(model=model))
+    servers, clients = await spans_of(collector, 10)
+    for found in (servers, clients):
+        assert [told.attributes["gen_ai.request.model"] for told in found] == models
+    pipeline: Any = proxy.daemon._tracing._pipeline
+    assert len(pipeline._exporter._encode._known) <= 4
 
 
 async def test_failures_are_errors_of_spans(
