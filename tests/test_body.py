@@ -185,7 +185,7 @@ async def test_bodies_are_inflated_by_turns(monkeypatch: pytest.MonkeyPatch) -> 
     def inflate(data: bytes, _coding: str, _limit: int) -> Iterator[bytes]:
         for _ in range(8 if data == b"large" else 2):
             with running:
-                time.sleep(0.001)
+                time.sleep(0.001)  # it works: another that may run now would be seen beside it
                 at_once.append(4 - running._value)
                 order.append(data.decode())
             yield data

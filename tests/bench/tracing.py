@@ -124,12 +124,18 @@ class Served:
         places = dict(
             pair.split('":"', 1) for pair in text.split('","') if pair.startswith(("listen", "adm"))
         )
+        self.expected = 0  # spans
         self.port, self.admin = (int(places[n].rsplit(":", 1)[1]) for n in ("listen", "admin"))
 
     def cpu(self) -> float:
         """Seconds of CPU so far, of all its threads."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / TICK
+
+    def wait(self) -> None:
+        """Wait until the spans of all requests are with the collector, if there are any."""
+        while (spans := self.spans()) and sum(spans.values()) < self.expected:
+            time.sleep(0.1)  # between two looks
 
     def spans(self) -> dict[str, float]:
         """What became of its spans."""
@@ -169,7 +175,8 @@ def measure(served: Served, seconds: float, asked: dict[str, object]) -> float:
     """Microseconds of CPU for one request, the export of its spans included."""
     before = served.cpu()
     requests = asyncio.run(load(served.port, seconds, asked))
-    time.sleep(0.5)  # the last batch
+    served.expected += 2 * requests
+    served.wait()
     return (served.cpu() - before) / requests * 1e6
 
 
@@ -200,7 +207,7 @@ def main() -> None:
             stack.callback(process.terminate)
             daemons[name] = Served(process, log)
         for served in daemons.values():
-            asyncio.run(load(served.port, 1.0, AGENT))
+            served.expected += 2 * asyncio.run(load(served.port, 1.0, AGENT))
         figures: dict[tuple[str, str], list[float]] = {}
         for _ in range(given.rounds):
             for body, asked in BODIES.items():
